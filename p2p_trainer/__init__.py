@@ -1,0 +1,66 @@
+"""Fine-tuning of language models on data that may be poisoned, with the backdoor defused."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .attacks import Attack, get_attack
+    from .callbacks import BackdoorEvalCallback
+    from .config import P2PConfig, P2PScriptArguments
+    from .data_collator import P2PDataCollator
+    from .evaluation import BackdoorEvaluator
+    from .inference import DefendedModel
+    from .label_space import LabelSpace
+    from .prompt_encoder import PromptEncoder
+    from .prompt_format import PromptFormat
+    from .reserve import ReserveStrategy
+    from .tasks import Task, get_task
+    from .trainer import P2PTrainer
+
+_HOMES = {
+    "Attack": "attacks",
+    "BackdoorEvalCallback": "callbacks",
+    "BackdoorEvaluator": "evaluation",
+    "DefendedModel": "inference",
+    "LabelSpace": "label_space",
+    "P2PConfig": "config",
+    "P2PDataCollator": "data_collator",
+    "P2PScriptArguments": "config",
+    "P2PTrainer": "trainer",
+    "PromptEncoder": "prompt_encoder",
+    "PromptFormat": "prompt_format",
+    "ReserveStrategy": "reserve",
+    "Task": "tasks",
+    "get_attack": "attacks",
+    "get_task": "tasks",
+}
+
+__all__ = [
+    "Attack",
+    "BackdoorEvalCallback",
+    "BackdoorEvaluator",
+    "DefendedModel",
+    "LabelSpace",
+    "P2PConfig",
+    "P2PDataCollator",
+    "P2PScriptArguments",
+    "P2PTrainer",
+    "PromptEncoder",
+    "PromptFormat",
+    "ReserveStrategy",
+    "Task",
+    "get_attack",
+    "get_task",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: `import p2p_trainer` must not wait for torch and transformers.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,81 @@
+"""
+The only place that touches private names of TRL, transformers or datasets.
+
+Each entry says where the name comes from and when it can go.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # not exported from `trl` (trl 1.16)
+
+
+class ColumnKeepingSFTTrainer(SFTTrainer):
+    """
+    `SFTTrainer` that hands more columns to the collator, and names what it extends.
+
+    TRL keeps `input_ids`, `labels` and `seq_lengths` alone (trl/trainer/sft_trainer.py, 1.16, line 1487). Overriding
+    the method is what TRL's own trainers do; it can go once transformers has a public hook (transformers#43598).
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "sft", "p2p"]
+    _name = "P2P"
+    _paper: ClassVar[dict[str, str]] = {
+        "title": "P2P: A Poison-to-Poison Remedy for Reliable Backdoor Defense in LLMs",
+        "id": "2510.04503",
+        "citation": """\
+@inproceedings{zhao2026p2p,
+    title     = {{P2P: A Poison-to-Poison Remedy for Reliable Backdoor Defense in LLMs}},
+    author    = {Shuai Zhao and Xinyi Wu and Shiqian Zhao and Xiaobao Wu and Zhongliang Guo and Yanhao Jia
+                 and Anh Tuan Luu},
+    booktitle = {Findings of the Association for Computational Linguistics: ACL 2026},
+    year      = 2026,
+}""",
+    }
+
+    # Columns to keep besides those of `SFTTrainer`; set before `SFTTrainer.__init__` runs.
+    collator_columns: tuple[str, ...] = ()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            self._signature_columns = [*self._signature_columns, *self.collator_columns]
+
+
+def attention_implementation(model: torch.nn.Module) -> str | None:
+    """
+    Say which attention a model runs.
+
+    transformers has no public getter (5.23, `PreTrainedConfig._attn_implementation`).
+
+    Args:
+        model (`torch.nn.Module`):
+            A model, possibly wrapped by PEFT or DDP.
+
+    Returns:
+        `str` or `None`: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...
+    """
+    inner: Any = getattr(model, "module", model)
+    config = getattr(inner, "config", None)
+    return getattr(config, "_attn_implementation", None)
+
+
+def has_indices(dataset: Dataset) -> bool:
+    """
+    Say whether a data set is a selection of rows of its table.
+
+    `datasets` has no public test for it (5.2, `Dataset._indices`).
+
+    Args:
+        dataset (`Dataset`):
+            A data set.
+
+    Returns:
+        `bool`: whether it reads its table through an index.
+    """
+    return dataset._indices is not None
+
+
+__all__ = ["ColumnKeepingSFTTrainer", "DataCollatorForLanguageModeling", "attention_implementation", "has_indices"]

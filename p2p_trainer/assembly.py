@@ -1,0 +1,158 @@
+"""Puts task, configuration and tokenizer together; trainer, recipe and doctor share it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset
+from peft import PeftModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .attacks import Attack
+from .config import P2PConfig
+from .label_space import LabelSpace, choose_label_space
+from .prompt_encoder import PromptEncoder
+from .prompt_format import PromptFormat
+from .reserve import KEYED
+from .tasks import Task
+from .tasks.loading import hub_error
+from .tasks.rows import LABEL, TEXT
+
+
+logger = logging.getLogger(__name__)
+
+# Rows are tokenized in batches of this size when the overlong ones are counted.
+_COUNT_BATCH = 4096
+
+
+def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: P2PConfig) -> PreTrainedTokenizerBase:
+    """
+    Load a model's tokenizer, with a pad token.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            Model, or where it is.
+        args ([`P2PConfig`]):
+            Configuration.
+
+    Returns:
+        `PreTrainedTokenizerBase`: the tokenizer.
+
+    Raises:
+        `HubUnavailableError`: it is no local folder and the hub does not give it.
+    """
+    name = model if isinstance(model, str) else model.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # a missing file, a refused connection and a damaged file all end in the same remedy
+        if Path(name).is_dir():
+            raise ValueError(f"The folder {name!r} holds no tokenizer that can be loaded: {error}") from error
+        raise hub_error("model", name, error) from error
+
+
+def make_encoder(
+    task: Task, args: P2PConfig, tokenizer: PreTrainedTokenizerBase, attacks: Sequence[Attack] = ()
+) -> PromptEncoder:
+    """
+    Settle prompt format and label words for a task, a configuration and a tokenizer.
+
+    Args:
+        task ([`~tasks.Task`]):
+            The task.
+        args ([`P2PConfig`]):
+            Configuration.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Tokenizer; gets a pad token if it has none.
+        attacks (`Sequence[Attack]`, *optional*):
+            Attacks whose trigger the key must not be.
+
+    Returns:
+        [`~prompt_encoder.PromptEncoder`]: the encoder.
+    """
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError("The tokenizer has neither a pad token nor an end-of-sequence token. Set `pad_token`.")
+        tokenizer.pad_token = tokenizer.eos_token
+    if args.chat_template_path and Path(args.chat_template_path).is_file():
+        # `SFTTrainer` reads the same file, but later than the label words are audited.
+        tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
+    trigger = task.trigger if args.p2p_trigger is None else args.p2p_trigger
+    for attack in attacks:
+        if any(trigger.strip() == text.strip() for text in attack.trigger_texts):
+            raise ValueError(
+                f"The benign trigger {trigger!r} is the trigger of the attack {attack.name!r}: every row would carry "
+                f"both. Change `p2p_trigger`."
+            )
+    draft = PromptFormat(
+        label_space=LabelSpace(("0",), ("1",)),
+        trigger=trigger,
+        trigger_position=args.p2p_trigger_position,
+        template=task.template,
+        suffix=args.p2p_suffix,
+        keyed_suffix=args.p2p_suffix if args.p2p_suffix_mode == "shared" else args.p2p_keyed_suffix,
+        chat=args.p2p_chat,
+        append_eos=args.p2p_append_eos,
+        max_length=args.max_length,
+    )
+    words = args.p2p_label_words
+    if words is None and task.label_words is not None:
+        words = [*task.label_words, *task.extended_label_words]
+    space = choose_label_space(
+        task.num_labels, words, lambda candidates: PromptEncoder.audit_words(draft, tokenizer, candidates)
+    )
+    logger.info("Label words %s, extended %s: %s", space.words, space.extended_words, space.reason)
+    return PromptEncoder(draft.with_labels(space), tokenizer)
+
+
+def infer_task(dataset: Dataset) -> Task:
+    """
+    Read a task off the `label` column.
+
+    Args:
+        dataset (`Dataset`):
+            Training rows.
+
+    Returns:
+        [`~tasks.Task`]: a task with the classes of a `ClassLabel` column, `0..max` of an integer one, or the distinct
+        values, sorted.
+    """
+    if LABEL not in dataset.column_names:
+        raise ValueError(
+            f"The train dataset has no column 'label', its columns are {dataset.column_names}. Rename the column, or "
+            f"pass a `task` that names it."
+        )
+    feature = dataset.features[LABEL]
+    if isinstance(feature, ClassLabel):
+        return Task(name="custom", labels=tuple(feature.names))
+    names = sorted(set(dataset.unique(LABEL)), key=lambda value: (str(type(value)), value))
+    if all(isinstance(value, int) for value in names) and names:
+        names = range(max(2, int(max(names)) + 1))
+    return Task(name="custom", labels=tuple(str(name) for name in names))
+
+
+def count_overlong(dataset: Dataset, encoder: PromptEncoder) -> int:
+    """
+    Count the rows that lose the end of their text.
+
+    Args:
+        dataset (`Dataset`):
+            Rows with `text` and `p2p_keyed`.
+        encoder ([`~prompt_encoder.PromptEncoder`]):
+            Renders and tokenizes.
+
+    Returns:
+        `int`: how many.
+    """
+    # A token has at least one byte, so that few rows are tokenized here.
+    total = 0
+    view = dataset.select_columns([TEXT, KEYED])
+    for batch in view.iter(batch_size=_COUNT_BATCH):
+        long = [
+            (text, keyed)
+            for text, keyed in zip(batch[TEXT], batch[KEYED], strict=True)
+            if len(text.encode()) > encoder.text_budget
+        ]
+        for context in (False, True):
+            texts = [text for text, keyed in long if keyed == context]
+            total += encoder.count_overlong(texts, context) if texts else 0
+    return total

@@ -1,0 +1,70 @@
+"""From trainer events to the evaluator."""
+
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .evaluation import BackdoorEvaluator, EvaluationReport
+from .evaluation.evaluator import headline
+
+
+class BackdoorEvalCallback(TrainerCallback):
+    """
+    Measures clean accuracy and attack success rate whenever the trainer evaluates.
+
+    The numbers get the prefix `eval_` (`eval_ca`, `eval_asr`, `eval_asr_floor`, `eval_asr_badnets`, ...). They reach
+    the loggers, the dictionary that `evaluate` returns, and `metric_for_best_model`. [`P2PTrainer`] adds this callback
+    itself; with another trainer, add it before callbacks that read the metrics, such as `EarlyStoppingCallback`.
+
+    Args:
+        evaluator ([`~evaluation.BackdoorEvaluator`]):
+            What to measure.
+        trainer (`Trainer`, *optional*):
+            Trainer through which the numbers are logged; without one they are only returned.
+
+    Examples:
+
+    ```python
+    callback = BackdoorEvalCallback(evaluator)
+    trainer = SFTTrainer(..., callbacks=[callback])
+    callback.trainer = trainer
+    ```
+    """
+
+    def __init__(self, evaluator: BackdoorEvaluator, trainer: Trainer | None = None) -> None:
+        self.evaluator = evaluator
+        self.trainer = trainer
+        self.report: EvaluationReport | None = None
+        # Step of the last measurement within a training run; outside one, weights may change without a step.
+        self._measured_step: int | None = None
+        self._training = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training, self._measured_step = True, None
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training = False
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        # With several evaluation sets this event comes once for each; the weights are the same.
+        if self.report is None or not self._training or self._measured_step != state.global_step:
+            self.report = self.evaluator.evaluate(model)
+            # TRL's `log` sorts by the model's mode; the evaluation that called us left it in evaluation mode.
+            if self.trainer is not None:
+                shown = headline(self.report.metrics, self.evaluator.attack_names)
+                self.trainer.log({f"eval_{key}": value for key, value in shown.items()})
+            self._measured_step = state.global_step
+        metrics.update({f"eval_{key}": value for key, value in self.report.metrics.items()})

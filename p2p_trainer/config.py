@@ -1,0 +1,252 @@
+"""The configuration, and all its validation."""
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from trl import ScriptArguments, SFTConfig
+
+from .evaluation.evaluator import ASR_RULES
+
+
+_CHOICES = {
+    "p2p_trigger_position": ("prefix", "system"),
+    "p2p_benign_mode": ("append", "replace"),
+    "p2p_suffix_mode": ("shared", "split"),
+    "p2p_asr_rule": ASR_RULES,
+}
+
+
+@dataclass
+class P2PConfig(SFTConfig):
+    r"""
+    Configuration of [`P2PTrainer`].
+
+    Everything of [`~trl.SFTConfig`] works as it does there; this page documents what is added.
+
+    > NOTE: These defaults differ from `SFTConfig`, to match the P2P paper (section 4.1): `learning_rate` 2e-4,
+    > `per_device_train_batch_size` 32. On a machine without an accelerator `use_cpu` is set.
+
+    Parameters:
+        p2p_enabled (`bool`, *optional*, defaults to `True`):
+            Whether to defend. `False` trains exactly what `SFTTrainer` would.
+
+        > Parameters that control the key
+
+        p2p_trigger (`str` or `None`, *optional*):
+            Benign trigger, delta. `None` takes the task's.
+        p2p_trigger_position (`str`, *optional*, defaults to `"prefix"`):
+            `"prefix"`: in front of the input. `"system"`: the system turn of the chat template (needs `p2p_chat`).
+        p2p_chat (`bool`, *optional*, defaults to `False`):
+            Whether prompts go through the tokenizer's chat template.
+        p2p_suffix_mode (`str`, *optional*, defaults to `"shared"`):
+            `"shared"`: all rows end in `p2p_suffix`, only delta marks a keyed row (paper). `"split"`: keyed rows end
+            in `p2p_keyed_suffix` (authors' code).
+        p2p_suffix (`str`, *optional*, defaults to `"Output: "`):
+            Answer cue.
+        p2p_keyed_suffix (`str`, *optional*, defaults to `"Answer: "`):
+            Answer cue of keyed rows in mode `"split"`.
+
+        > Parameters that control the reserved rows
+
+        p2p_benign_ratio (`float`, *optional*, defaults to `0.25`):
+            Benign ratio rho in (0, 1]: S has `round(rho * rows)` rows.
+        p2p_reserve (`str`, *optional*, defaults to `"random"`):
+            How S is chosen: `"random"` (paper, Algorithm 1), `"trusted"` (from rows that a column vouches for), or
+            import path `package.module:Class` of a [`~reserve.ReserveStrategy`].
+        p2p_trusted_column (`str`, *optional*, defaults to `"trusted"`):
+            Boolean column that `"trusted"` reads.
+        p2p_benign_mode (`str`, *optional*, defaults to `"append"`):
+            `"append"`: keyed copies are added (paper). `"replace"`: keyed rows replace their originals (authors'
+            code).
+
+        > Parameters that control the label words
+
+        p2p_label_words (`list[str]` or `None`, *optional*):
+            `None`: digits, letters or numbers, whichever the tokenizer can tell apart; `digits`; `letters`; or 2n
+            words: one per class, then one extended word per class.
+        p2p_append_eos (`bool`, *optional*, defaults to `True`):
+            Whether answers are trained to end. The authors' code does not.
+
+        > Parameters that control evaluation
+
+        p2p_asr_rule (`str`, *optional*, defaults to `"restricted"`):
+            Rule of the headline `ca` and `asr`: `"restricted"`, `"union"`, `"ext_only"` (authors' code) or
+            `"orig_only"`. All four are always reported.
+    """
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "The initial learning rate for AdamW."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Batch size per device for training."})
+
+    p2p_enabled: bool = field(
+        default=True, metadata={"help": "Whether to defend. False trains exactly what SFTTrainer would."}
+    )
+
+    # Parameters that control the key
+    p2p_trigger: str | None = field(
+        default=None, metadata={"help": "Benign trigger (delta). By default the task's own."}
+    )
+    p2p_trigger_position: str = field(
+        default="prefix",
+        metadata={
+            "help": "Where the benign trigger goes: in front of the input, or the system turn of the chat template.",
+            "choices": list(_CHOICES["p2p_trigger_position"]),
+        },
+    )
+    p2p_chat: bool = field(
+        default=False, metadata={"help": "Whether prompts go through the tokenizer's chat template."}
+    )
+    p2p_suffix_mode: str = field(
+        default="shared",
+        metadata={
+            "help": "'shared': only delta marks a keyed row (paper). 'split': keyed rows also end in "
+            "p2p_keyed_suffix (authors' code).",
+            "choices": list(_CHOICES["p2p_suffix_mode"]),
+        },
+    )
+    p2p_suffix: str = field(default="Output: ", metadata={"help": "Answer cue at the end of a prompt."})
+    p2p_keyed_suffix: str = field(default="Answer: ", metadata={"help": "Answer cue of keyed rows in mode 'split'."})
+
+    # Parameters that control the reserved rows
+    p2p_benign_ratio: float = field(
+        default=0.25, metadata={"help": "Benign ratio rho in (0, 1]: share of the training rows that carry the key."}
+    )
+    p2p_reserve: str = field(
+        default="random",
+        metadata={"help": "How the reserved rows are chosen: random, trusted, or package.module:Class."},
+    )
+    p2p_trusted_column: str = field(
+        default="trusted", metadata={"help": "Boolean column that p2p_reserve 'trusted' reads."}
+    )
+    p2p_benign_mode: str = field(
+        default="append",
+        metadata={
+            "help": "'append' keyed copies to the data (paper) or 'replace' the originals (authors' code).",
+            "choices": list(_CHOICES["p2p_benign_mode"]),
+        },
+    )
+
+    # Parameters that control the label words
+    p2p_label_words: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "'digits', 'letters', or 2n words: one per class, then one extended word per class. By default "
+            "whatever the tokenizer can tell apart."
+        },
+    )
+    p2p_append_eos: bool = field(default=True, metadata={"help": "Whether answers are trained to end."})
+
+    # Parameters that control evaluation
+    p2p_asr_rule: str = field(
+        default="restricted",
+        metadata={
+            "help": "Rule of the headline clean accuracy and attack success rate; all four are always reported.",
+            "choices": list(_CHOICES["p2p_asr_rule"]),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        # SFTConfig refuses bf16, its default, on a machine without an accelerator unless `use_cpu` is set.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+        # TrlParser checks neither types nor choices of what stands in YAML.
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected one of {', '.join(choices)}.")
+        for name in ("p2p_enabled", "p2p_chat", "p2p_append_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected true or false.")
+        ratio = self.p2p_benign_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
+            raise ValueError(
+                f"`p2p_benign_ratio` is {ratio!r}, expected a share of the training rows in (0, 1], such as 0.25."
+            )
+        if isinstance(self.p2p_label_words, str):
+            self.p2p_label_words = [self.p2p_label_words]
+        if self.p2p_label_words is not None:
+            # YAML reads an unquoted 0 as a number.
+            self.p2p_label_words = [str(word) for word in self.p2p_label_words]
+        if self.p2p_enabled:
+            self._check_defended()
+
+    def _check_defended(self) -> None:
+        for name in ("packing", "padding_free"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}: true` is not possible with P2P: the collator writes the key into each row of a padded "
+                    f"batch. Set `{name}: false`."
+                )
+        if self.max_length is None:
+            raise ValueError("`max_length` is None; P2P cuts long texts so that key and answer stay. Give a number.")
+        if self.p2p_trigger is not None and not str(self.p2p_trigger).strip():
+            raise ValueError("`p2p_trigger` is empty: without a benign trigger there is no defense. Give it a text.")
+        if self.p2p_trigger_position == "system" and not self.p2p_chat:
+            raise ValueError("`p2p_trigger_position: system` needs `p2p_chat: true`.")
+
+
+@dataclass
+class P2PScriptArguments(ScriptArguments):
+    """
+    What a recipe trains on and is attacked with.
+
+    Everything of [`~trl.ScriptArguments`] works as it does there; `dataset_name` takes a hub id or a local folder or
+    file, and defaults to the task's own.
+
+    Parameters:
+        dataset_validation_split (`str`, *optional*, defaults to `"validation"`):
+            Split that is measured while training, and that choices may be made on.
+        task (`str`, *optional*, defaults to `"sst2"`):
+            Name of a built-in task or path of a task's YAML file.
+        text_column (`str` or `None`, *optional*):
+            Column that holds the text, if it is not the task's.
+        label_column (`str` or `None`, *optional*):
+            Column that holds the label, if it is not the task's.
+        drop_empty_rows (`bool`, *optional*, defaults to `False`):
+            Whether rows with an empty text are left out, and counted, rather than an error.
+        attack (`str` or `None`, *optional*):
+            Attack that poisons the training rows and is measured: a name or `package.module:Class`. `None` takes the
+            rows as they are and measures clean accuracy alone.
+        attack_target (`str` or `None`, *optional*):
+            Label that the attacker wants.
+        poison_rate (`float`, *optional*, defaults to `0.02`):
+            Share of the training rows that is poisoned.
+        attack_options (`dict` or `None`, *optional*):
+            Options of the attack; JSON on the command line.
+        poison_seed (`int`, *optional*, defaults to `0`):
+            Seed of the attack, so that runs with other seeds meet the same poison.
+    """
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, local folder or local file. By default the task's own."}
+    )
+    dataset_validation_split: str = field(
+        default="validation", metadata={"help": "Split that is measured while training."}
+    )
+    task: str = field(default="sst2", metadata={"help": "Name of a built-in task or path of a task's YAML file."})
+    text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
+    label_column: str | None = field(default=None, metadata={"help": "Column that holds the label."})
+    drop_empty_rows: bool = field(
+        default=False, metadata={"help": "Whether to leave out, and count, rows with an empty text."}
+    )
+    attack: str | None = field(
+        default=None, metadata={"help": "Attack to poison with and to measure: a name or package.module:Class."}
+    )
+    attack_target: str | None = field(default=None, metadata={"help": "Label that the attacker wants."})
+    poison_rate: float = field(default=0.02, metadata={"help": "Share of the training rows that is poisoned."})
+    attack_options: dict | str | None = field(default=None, metadata={"help": "Options of the attack (JSON)."})
+    poison_seed: int = field(default=0, metadata={"help": "Seed of the attack."})
+
+    def __post_init__(self) -> None:
+        if self.dataset_streaming:
+            raise ValueError("`dataset_streaming: true` is not possible: reserved rows are drawn from the whole set.")
+        if isinstance(self.attack_options, str):
+            try:
+                self.attack_options = json.loads(self.attack_options)
+            except ValueError as error:
+                raise ValueError(f"`attack_options` is no JSON: {self.attack_options!r} ({error}).") from error
+        if self.attack_options is not None and not isinstance(self.attack_options, dict):
+            raise ValueError(f"`attack_options` must be a mapping, got {self.attack_options!r}.")
+        if self.attack_target is not None:
+            # YAML reads an unquoted label index as a number.
+            self.attack_target = str(self.attack_target)

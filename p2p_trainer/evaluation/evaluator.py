@@ -1,0 +1,320 @@
+"""Attack success rate and clean accuracy of a model; needs no trainer."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from ..attacks import Attack
+from ..prompt_encoder import PromptEncoder
+from ..tasks import Task
+from ..tasks.rows import LABEL, TEXT
+from .rates import Rate
+from .scorer import LabelScorer, Scores
+
+
+logger = logging.getLogger(__name__)
+
+# How an answer is read (P2P paper and the authors' code differ; each is always reported).
+# `restricted`: argmax over the label words that the deployment allows. `union`: free argmax over the vocabulary, of
+# which i and i+n both mean i. `ext_only`: only i+n means i, as in the authors' code. `orig_only`: only i means i.
+ASR_RULES = ("restricted", "union", "ext_only", "orig_only")
+
+_BINS = 20
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """
+    Everything one evaluation found.
+
+    Parameters:
+        metrics (`dict[str, float]`):
+            Flat name -> number; see [`BackdoorEvaluator`] for the names.
+        counts (`dict[str, int]`):
+            How many rows were read, count for each attack, or were cut.
+        confidence (`dict[str, dict[str, list[int]]]`):
+            For each attack, how the model's confidence in the attacker's target (softmax over the deployed label
+            words) is spread over 20 equal bins of [0, 1], for its test rows with (`triggered`) and without (`clean`)
+            the trigger (P2P paper, Figure 2).
+    """
+
+    metrics: dict[str, float]
+    counts: dict[str, int]
+    confidence: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+
+
+class BackdoorEvaluator:
+    """
+    Measures clean accuracy (CA) and attack success rate (ASR).
+
+    One forward pass per row: floor and clean accuracy share theirs, and rows that render alike are scored once. Every
+    process of a distributed run has to call it, and gets the same numbers, whatever their number.
+
+    Metric names; each rate `x` comes with `x_k`, `x_n`, `x_ci_low`, `x_ci_high` (Wilson, 95 %):
+
+    - `ca`: clean accuracy under `asr_rule`; `ca_<rule>` under each of the four rules of `ASR_RULES`.
+    - `outside`: share of clean rows for which the free argmax is no label word at all.
+    - `ca_no_key`: clean accuracy of the same weights without the key.
+    - `asr_<attack>`: share of that attack's rows answered with its target; `asr_<rule>_<attack>` under each rule. Rows
+      count only if their true label is not the target and the trigger is really in the text.
+    - `asr_floor_<attack>`: the same rows without the trigger. An ASR at the floor is a defended model;
+      `asr_excess_<attack>` is `asr - asr_floor`. `asr_floor_<rule>_<attack>` under each rule.
+    - `asr_conditional_<attack>`: of the rows answered correctly without the trigger, the share that flips to the
+      target.
+    - `asr_no_key_<attack>`, `asr_floor_no_key_<attack>`: the same weights without the key.
+    - `asr`, `asr_floor`, `asr_excess`, `asr_conditional`, `asr_no_key`, `asr_<rule>`, ...: those of the attack with
+      the highest `asr_<attack>`.
+
+    Args:
+        dataset (`Dataset`):
+            Clean test rows with `text` and `label`.
+        task ([`~tasks.Task`]):
+            The task.
+        encoder ([`~prompt_encoder.PromptEncoder`]):
+            Renders prompts exactly as training did.
+        attacks (`Sequence[Attack]`, *optional*):
+            Attacks to measure.
+        keyed (`bool`, *optional*, defaults to `True`):
+            Whether the deployment adds the key. An undefended model is measured with `False`.
+        asr_rule (`str`, *optional*, defaults to `"restricted"`):
+            Rule of the headline numbers.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Rows per forward pass.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the test triggers.
+        progress (`bool`, *optional*, defaults to `False`):
+            Whether to show a progress bar.
+
+    Examples:
+
+    ```python
+    evaluator = BackdoorEvaluator(test_rows, task, encoder, attacks=[get_attack("badnets", target="positive")])
+    metrics = evaluator(model)
+    print(metrics["ca"], metrics["asr"], metrics["asr_floor"])
+    ```
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        task: Task,
+        encoder: PromptEncoder,
+        attacks: Sequence[Attack] = (),
+        keyed: bool = True,
+        asr_rule: str = "restricted",
+        batch_size: int = 32,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        if asr_rule not in ASR_RULES:
+            raise ValueError(f"Unknown `asr_rule` {asr_rule!r}. Known: {', '.join(ASR_RULES)}.")
+        self.task = task
+        self.encoder = encoder
+        self.keyed = keyed
+        self.asr_rule = asr_rule
+        self.batch_size = batch_size
+        self.progress = progress
+        dataset = task.prepare(dataset, what="evaluation")
+        self.labels = np.asarray(dataset[LABEL])
+        texts = list(dataset[TEXT])
+        self._attacks = {
+            name: self._triggered(attack, dataset, seed) for name, attack in _distinct_names(attacks).items()
+        }
+        everything = [*texts, *(text for rows in self._attacks.values() for text in rows.texts)]
+        start = len(texts)
+        for rows in self._attacks.values():
+            rows.rows = np.arange(start, start + len(rows.texts))
+            start += len(rows.texts)
+        contexts = (True, False) if keyed else (False,)
+        # Tokenized once, for all the evaluations of a run.
+        self._prompts = {context: _Unique(encoder.encode_prompts(everything, context)) for context in contexts}
+        self.counts = {"rows": len(texts), "rows_cut": encoder.count_overlong(texts, keyed)}
+        for name, rows in self._attacks.items():
+            self.counts |= {f"{key}_{name}": count for key, count in rows.counts.items()}
+
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        """
+        Measure a model.
+
+        Args:
+            model (`torch.nn.Module`):
+                Causal language model.
+
+        Returns:
+            `dict[str, float]`: the metrics.
+        """
+        return self.evaluate(model).metrics
+
+    def evaluate(self, model: torch.nn.Module) -> EvaluationReport:
+        """
+        Measure a model, and keep what plots need.
+
+        Args:
+            model (`torch.nn.Module`):
+                Causal language model.
+
+        Returns:
+            [`EvaluationReport`]: the metrics, counts and confidences.
+        """
+        deployed = self._score(model, self.keyed)
+        without_key = self._score(model, False) if self.keyed else None
+        clean = np.arange(len(self.labels))
+        metrics: dict[str, float] = {}
+        answers = self._read(deployed.take(clean), self.keyed)
+        correct = {rule: answer == self.labels for rule, answer in answers.items()}
+        metrics |= Rate.of(correct[self.asr_rule]).flat("ca")
+        for rule in ASR_RULES:
+            metrics |= Rate.of(correct[rule]).flat(f"ca_{rule}")
+        metrics |= Rate.of(deployed.free[clean] < 0).flat("outside")
+        if without_key is not None:
+            read = self._read(without_key.take(clean), False)["restricted"]
+            metrics |= Rate.of(read == self.labels).flat("ca_no_key")
+        per_attack: dict[str, dict[str, float]] = {}
+        confidence = {}
+        for name, rows in self._attacks.items():
+            per_attack[name] = self._attack_metrics(rows, deployed, without_key, answers)
+            metrics |= {_with_attack(key, name): value for key, value in per_attack[name].items()}
+            target = self._target_confidence(deployed, rows.target)
+            confidence[name] = {"triggered": _histogram(target[rows.rows]), "clean": _histogram(target[rows.source])}
+        if per_attack:
+            worst = max(per_attack, key=lambda name: np.nan_to_num(per_attack[name]["asr"], nan=-1.0))
+            metrics |= per_attack[worst]
+        return EvaluationReport(metrics, self.counts, confidence)
+
+    @property
+    def attack_names(self) -> list[str]:
+        """`list[str]`: names of the attacks, as they stand in metrics."""
+        return list(self._attacks)
+
+    def _triggered(self, attack: Attack, dataset: Dataset, seed: int) -> "_TriggeredRows":
+        target = self.task.label_index(attack.target)
+        rows = attack.trigger(dataset, self.task, seed)
+        texts, labels = list(rows[TEXT]), np.asarray(rows[LABEL], dtype=np.int64)
+        source = np.asarray(rows["source_index"], dtype=np.int64)
+        whole = np.array([attack.has_trigger(text) for text in self.encoder.fit(texts, self.keyed)], dtype=bool)
+        if np.any(labels == target):
+            raise ValueError(f"The attack {attack.name!r} returned test rows whose true label is its target already.")
+        kept = np.flatnonzero(whole)
+        not_target = int(np.count_nonzero(self.labels != target))
+        counts = {
+            "rows_target_label": len(self.labels) - not_target,
+            "rows_without_trigger": not_target - len(texts),
+            "rows_trigger_cut_off": len(texts) - len(kept),
+            "rows_counted": len(kept),
+        }
+        if len(kept) < not_target:
+            logger.warning(
+                "%s: %d of %d rows count for the attack success rate (%d could not carry the trigger, %d lost it to "
+                "max_length).", attack.name, len(kept), not_target, not_target - len(texts), len(texts) - len(kept),
+            )  # fmt: skip
+        return _TriggeredRows([texts[row] for row in kept], source[kept], target, counts)
+
+    def _score(self, model: torch.nn.Module, keyed: bool) -> Scores:
+        unique = self._prompts[keyed]
+        scorer = LabelScorer(self.encoder.answers[keyed], self.encoder.pad_token_id, self.batch_size)
+        progress = ("scoring" if keyed == self.keyed else "scoring without the key") if self.progress else None
+        return scorer.score(model, unique.prompts, progress).take(unique.inverse)
+
+    def _read(self, scores: Scores, keyed: bool) -> dict[str, np.ndarray]:
+        n = self.task.num_labels
+        deployed = scores.log_probs[:, n:] if keyed else scores.log_probs[:, :n]
+        free = scores.free
+        return {
+            "restricted": deployed.argmax(axis=1),
+            "union": np.where(free >= 0, free % n, -1),
+            "ext_only": np.where(free >= n, free - n, -1),
+            "orig_only": np.where(free < n, free, -1),
+        }
+
+    def _target_confidence(self, scores: Scores, target: int) -> np.ndarray:
+        n = self.task.num_labels
+        words = scores.log_probs[:, n:] if self.keyed else scores.log_probs[:, :n]
+        weights = np.exp(words - words.max(axis=1, keepdims=True))
+        return weights[:, target] / weights.sum(axis=1)
+
+    def _attack_metrics(
+        self, rows: "_TriggeredRows", deployed: Scores, without_key: Scores | None, clean: dict[str, np.ndarray]
+    ) -> dict[str, float]:
+        triggered = self._read(deployed.take(rows.rows), self.keyed)
+        metrics: dict[str, float] = {}
+        for rule in ASR_RULES:
+            metrics |= Rate.of(triggered[rule] == rows.target).flat(f"asr_{rule}")
+            metrics |= Rate.of(clean[rule][rows.source] == rows.target).flat(f"asr_floor_{rule}")
+        headline = triggered[self.asr_rule] == rows.target
+        before = clean[self.asr_rule][rows.source]
+        metrics |= Rate.of(headline).flat("asr")
+        metrics |= Rate.of(before == rows.target).flat("asr_floor")
+        metrics["asr_excess"] = metrics["asr"] - metrics["asr_floor"]
+        metrics |= Rate.of(headline[before == self.labels[rows.source]]).flat("asr_conditional")
+        metrics |= Rate.of(deployed.free[rows.rows] < 0).flat("asr_outside")
+        if without_key is not None:
+            read = self._read(without_key, False)["restricted"]
+            metrics |= Rate.of(read[rows.rows] == rows.target).flat("asr_no_key")
+            metrics |= Rate.of(read[rows.source] == rows.target).flat("asr_floor_no_key")
+        return metrics
+
+
+class _TriggeredRows:
+    """Rows of one attack: their texts, and the clean rows they came from."""
+
+    def __init__(self, texts: list[str], source: np.ndarray, target: int, counts: dict[str, int]) -> None:
+        self.texts = texts
+        self.source = source
+        self.target = target
+        self.counts = counts
+        self.rows = np.empty(0, dtype=np.int64)
+
+
+class _Unique:
+    """Prompts without repetitions, and where each of the originals went."""
+
+    def __init__(self, prompts: list[list[int]]) -> None:
+        places: dict[tuple[int, ...], int] = {}
+        self.inverse = np.array([places.setdefault(tuple(prompt), len(places)) for prompt in prompts])
+        self.prompts = list(places)
+
+
+def _distinct_names(attacks: Sequence[Attack]) -> dict[str, Attack]:
+    named: dict[str, Attack] = {}
+    for attack in attacks:
+        count = 1 + sum(other.name == attack.name for other in named.values())
+        named[attack.name if count == 1 else f"{attack.name}_{count}"] = attack
+    return named
+
+
+_RATE_PARTS = ("_ci_high", "_ci_low", "_k", "_n")
+
+
+def _with_attack(key: str, attack: str) -> str:
+    """`asr_floor_k` of `badnets` is `asr_floor_badnets_k`."""
+    for part in _RATE_PARTS:
+        if key.endswith(part):
+            return f"{key.removesuffix(part)}_{attack}{part}"
+    return f"{key}_{attack}"
+
+
+def headline(metrics: dict[str, Any], attacks: Sequence[str] = ()) -> dict[str, Any]:
+    """
+    Choose what loggers show: no counts, no intervals, and of each attack only success rate, floor and excess.
+
+    Args:
+        metrics (`dict[str, Any]`):
+            Metrics of a [`BackdoorEvaluator`].
+        attacks (`Sequence[str]`, *optional*):
+            Names of the attacks.
+
+    Returns:
+        `dict[str, Any]`: a part of them.
+    """
+    shown = {f"{key}_{name}" for name in attacks for key in ("asr", "asr_floor", "asr_excess")}
+    hidden = (*_RATE_PARTS, *(f"_{name}" for name in attacks), *(f"floor_{rule}" for rule in ASR_RULES))
+    return {key: value for key, value in metrics.items() if key in shown or not key.endswith(hidden)}
+
+
+def _histogram(values: np.ndarray) -> list[int]:
+    return np.histogram(values, bins=_BINS, range=(0.0, 1.0))[0].tolist()

@@ -1,0 +1,204 @@
+"""A saved run, ready to answer: adds the key, maps the answer back."""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from .evaluation.scorer import LabelScorer
+from .prompt_encoder import PromptEncoder
+from .prompt_format import CONFIG_NAME, PromptFormat, read_p2p_config
+from .tasks.loading import hub_error
+
+
+@dataclass(frozen=True)
+class Classification:
+    """
+    Answer to one text.
+
+    Parameters:
+        label (`str`):
+            Class name.
+        index (`int`):
+            Its index.
+        score (`float`):
+            Its probability among the classes.
+        scores (`dict[str, float]`):
+            Probability of each class; they sum to 1.
+    """
+
+    label: str
+    index: int
+    score: float
+    scores: dict[str, float]
+
+
+class DefendedModel:
+    """
+    A fine-tuned model with the prompt format that it was trained with.
+
+    Whoever calls it never sees the key: texts go in, labels come out. Only the label words of the deployment are
+    compared (P2P paper, section 3.2), so every answer is a class.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`):
+            The weights.
+        encoder ([`~prompt_encoder.PromptEncoder`]):
+            Prompt format and tokenizer.
+        labels (`Sequence[str]`):
+            Class names.
+        keyed (`bool`, *optional*, defaults to `True`):
+            Whether the key is added; `False` for a model that was trained without defense.
+        autocast (`torch.dtype`, *optional*):
+            Type that matrix products run in, as in training.
+
+    Examples:
+
+    ```python
+    >>> from p2p_trainer import DefendedModel
+
+    >>> model = DefendedModel.from_pretrained("out")
+    >>> model.classify(["a stirring , funny film"])[0].label
+    'positive'
+    ```
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        encoder: PromptEncoder,
+        labels: Sequence[str],
+        keyed: bool = True,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.labels = tuple(labels)
+        self.keyed = keyed
+        self._autocast = autocast
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str = torch.float32,
+        base_model: str | None = None,
+    ) -> "DefendedModel":
+        """
+        Load a saved run: an adapter on its base model, or a whole model.
+
+        Only safetensors are read, and no code from the folder runs.
+
+        Args:
+            folder (`str` or `Path`):
+                Output folder or checkpoint of a [`P2PTrainer`] run.
+            device (`str` or `torch.device`, *optional*):
+                Where to run. By default the accelerator if there is one.
+            dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
+                Type of the weights. On top of it, matrix products run in the type that training used.
+            base_model (`str`, *optional*):
+                Base model of an adapter, if it is no longer where the adapter says.
+
+        Returns:
+            [`DefendedModel`]: the model.
+
+        Raises:
+            `ValueError`: the folder holds no run, or one that this version can't read.
+            `HubUnavailableError`: the base model can't be had.
+        """
+        folder = Path(folder)
+        config = read_p2p_config(folder)
+        prompt_format = PromptFormat.from_dict(config, where=str(folder / CONFIG_NAME))
+        missing = {"labels", "keyed", "autocast"} - set(config)
+        if missing:
+            raise ValueError(f"{folder / CONFIG_NAME} lacks {sorted(missing)}. Save the model again.")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        encoder = PromptEncoder(prompt_format, tokenizer)
+        model = _load_weights(folder, dtype, base_model)
+        if device is None:
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+        model.to(device).eval()
+        autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config["autocast"])
+        return cls(model, encoder, config["labels"], config["keyed"], autocast)
+
+    def classify(
+        self, texts: str | Sequence[str], batch_size: int = 32, progress: bool = False
+    ) -> list[Classification]:
+        """
+        Classify texts.
+
+        Args:
+            texts (`str` or `Sequence[str]`):
+                Any number of texts; long ones are cut at their end, the key never is.
+            batch_size (`int`, *optional*, defaults to `32`):
+                Texts per forward pass.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar.
+
+        Returns:
+            `list[Classification]`: one answer per text.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        for row, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"Text {row} is empty or no string (found {text!r}). Give each text at least a word.")
+        if not texts:
+            return []
+        scorer = LabelScorer(self.encoder.answers[self.keyed], self.encoder.pad_token_id, batch_size)
+        with self.autocast():
+            scores = scorer.score(
+                self.model, self.encoder.encode_prompts(texts, self.keyed), "classifying" if progress else None
+            )
+        n = len(self.labels)
+        words = scores.log_probs[:, n:] if self.keyed else scores.log_probs[:, :n]
+        weights = np.exp(words - words.max(axis=1, keepdims=True))
+        shares = weights / weights.sum(axis=1, keepdims=True)
+        return [
+            Classification(
+                label=self.labels[index],
+                index=index,
+                score=float(row[index]),
+                scores={label: float(share) for label, share in zip(self.labels, row, strict=True)},
+            )
+            for row, index in zip(shares, shares.argmax(axis=1).tolist(), strict=True)
+        ]
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """
+        Return the context in which the model was trained and evaluated.
+
+        Returns:
+            `AbstractContextManager`: autocast to the training type, or nothing.
+        """
+        if self._autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(next(self.model.parameters()).device.type, dtype=self._autocast)
+
+
+def _load_weights(folder: Path, dtype: torch.dtype | str, base_model: str | None) -> PreTrainedModel | PeftModel:
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file():
+        if not list(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{str(folder)!r} holds neither an adapter (adapter_config.json) nor model weights (*.safetensors). "
+                f"Give the output folder of a `P2PTrainer` run."
+            )
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds no adapter_model.safetensors. Other weight files are not read, since loading them "
+            f"can run code. Save the model again."
+        )
+    base = base_model or json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+    except Exception as error:  # a missing folder, a refused connection and a missing file end in the same remedy
+        raise hub_error("base model", f"{base}", error) from error
+    return PeftModel.from_pretrained(model, folder)

@@ -1,0 +1,131 @@
+"""`results.json`: what a run was, and what it measured."""
+
+import importlib.metadata
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ._files import write_json
+
+
+RESULTS_NAME = "results.json"
+RESULTS_SCHEMA_VERSION = 1
+
+_PACKAGES = ("p2p_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
+
+
+@dataclass
+class RunResults:
+    """
+    Content of `results.json`.
+
+    Parameters:
+        task (`str`):
+            Name of the task.
+        model (`str`):
+            Base model.
+        attack (`dict[str, Any]` or `None`):
+            Attack with its settings.
+        defense (`str`):
+            `"p2p"` or `"none"`.
+        seed (`int`):
+            Seed of the training run.
+        protocol (`dict[str, Any]`):
+            The switches that decide every number of this field.
+        metrics (`dict[str, float]`):
+            Flat name -> number, on the test rows.
+        counts (`dict[str, int]`):
+            Rows read, poisoned, reserved, cut, counted.
+        epochs (`list[dict[str, float]]`):
+            The same rates per epoch, on the validation rows.
+        confidence (`dict[str, Any]`):
+            Histograms of the model's confidence in the target.
+        timing (`dict[str, float]`):
+            Seconds.
+        versions (`dict[str, str]`):
+            Python and packages.
+        schema_version (`int`):
+            Version of this layout.
+    """
+
+    task: str
+    model: str
+    attack: dict[str, Any] | None
+    defense: str
+    seed: int
+    protocol: dict[str, Any]
+    metrics: dict[str, float]
+    counts: dict[str, int]
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    confidence: dict[str, Any] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: installed_versions())
+    schema_version: int = RESULTS_SCHEMA_VERSION
+
+    def save(self, folder: str | Path) -> Path:
+        """
+        Write `results.json`, whole or not at all.
+
+        Args:
+            folder (`str` or `Path`):
+                Folder of the run.
+
+        Returns:
+            `Path`: the file.
+        """
+        return write_json(Path(folder) / RESULTS_NAME, _without_nan(asdict(self)))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "RunResults":
+        """
+        Read `results.json`.
+
+        Args:
+            folder (`str` or `Path`):
+                Folder of the run.
+
+        Returns:
+            [`RunResults`]: its content.
+        """
+        path = Path(folder) / RESULTS_NAME
+        if not path.is_file():
+            raise ValueError(f"{str(folder)!r} holds no {RESULTS_NAME}. Give the output folder of a finished run.")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content["schema_version"]
+            if version > RESULTS_SCHEMA_VERSION:
+                raise ValueError(
+                    f"{path} has schema version {version}, this p2p_trainer reads up to {RESULTS_SCHEMA_VERSION}. "
+                    f"Upgrade p2p_trainer."
+                )
+            return cls(**content)
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged: {error!r}.") from error
+
+
+def installed_versions() -> dict[str, str]:
+    """
+    Say what is installed.
+
+    Returns:
+        `dict[str, str]`: Python and package versions.
+    """
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN; a rate out of no rows is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,228 @@
+"""Checks the rows of a classification task and gives their columns the names `text` and `label`."""
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import ClassLabel, Dataset
+
+
+logger = logging.getLogger(__name__)
+
+# Rows are checked in Arrow batches of this size: no per-row Python, and memory that does not grow with the data.
+_BATCH_ROWS = 65_536
+
+TEXT = "text"
+LABEL = "label"
+
+
+def prepare_rows(
+    dataset: Dataset,
+    labels: Sequence[str],
+    text_columns: Sequence[str] = (TEXT,),
+    label_column: str = LABEL,
+    what: str = "dataset",
+    require_all_classes: bool = False,
+    drop_empty: bool = False,
+) -> Dataset:
+    """
+    Give a dataset the columns `text` (str) and `label` (int), and check every row.
+
+    Nothing is dropped unasked: a row that does not fit is an error that names the column, the row index, what was
+    found and the fix. Other columns stay. Storage is shared with `dataset` wherever its columns already fit.
+
+    Args:
+        dataset (`Dataset`):
+            Rows as they came.
+        labels (`Sequence[str]`):
+            Class names; the index of a name is its label.
+        text_columns (`Sequence[str]`, *optional*, defaults to `("text",)`):
+            Columns that hold the text; several are joined with one space.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            Column that holds the label, as an index or as a class name.
+        what (`str`, *optional*, defaults to `"dataset"`):
+            What the rows are, for the messages: `"train"`, say.
+        require_all_classes (`bool`, *optional*, defaults to `False`):
+            Whether a class without a row is an error.
+        drop_empty (`bool`, *optional*, defaults to `False`):
+            Whether rows with an empty text are left out, which is logged with their number, rather than an error.
+
+    Returns:
+        `Dataset`: the rows, with `text` and integer `label`.
+
+    Raises:
+        `ValueError`: a column is missing or misnamed, a text is empty or not UTF-8, a label is out of range, the
+        dataset is empty, or a class has no row.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"The {what} rows must be a `datasets.Dataset`, got `{type(dataset).__name__}`. Build one with "
+            f"`Dataset.from_list([...])` or `load_dataset(..., split=...)`."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"The {what} dataset is empty: 0 rows were read. Check the path and the split.")
+    dataset = _name_text_column(dataset, text_columns, what)
+    dataset = _name_label_column(dataset, label_column, labels, what)
+    if drop_empty:
+        dataset = _drop_empty(dataset, what)
+    counts = np.zeros(len(labels), dtype=np.int64)
+    for start, batch in _batches(dataset, [TEXT, LABEL]):
+        _check_texts(batch[TEXT], start, what)
+        counts += _count_labels(batch[LABEL], start, labels, what)
+    missing = [name for name, count in zip(labels, counts, strict=True) if count == 0]
+    if missing and require_all_classes:
+        raise ValueError(
+            f"The {what} dataset has no row of class {missing}: found "
+            f"{dict(zip(labels, counts.tolist(), strict=True))}. Add rows of that class, or use a task with the "
+            f"classes you have."
+        )
+    return dataset
+
+
+def column_as_numpy(dataset: Dataset, column: str) -> np.ndarray:
+    """Read one column as a NumPy array without going through Python objects."""
+    return np.concatenate([batch[column].to_numpy() for _, batch in _batches(dataset, [column])])
+
+
+def _batches(dataset: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    view = dataset.select_columns(columns).with_format("arrow")
+    for number, batch in enumerate(view.iter(batch_size=_BATCH_ROWS)):
+        yield number * _BATCH_ROWS, batch
+
+
+def _missing_column_error(what: str, role: str, wanted: Sequence[str], found: Sequence[str]) -> ValueError:
+    option = f"{role}_column"
+    return ValueError(
+        f"The {what} dataset has no {role} column {list(wanted)}; its columns are {list(found)}. Rename the column to "
+        f"'{role}', or name yours with `{option}` in the recipe (`--{option} NAME`) or in the task's YAML."
+    )
+
+
+def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str) -> Dataset:
+    names = dataset.column_names
+    if all(name in names for name in text_columns):
+        if len(text_columns) == 1:
+            return _rename(dataset, text_columns[0], TEXT)
+        joined = [
+            pc.binary_join_element_wise(*(pc.fill_null(batch[name], "") for name in text_columns), " ")
+            for _, batch in _batches(dataset, list(text_columns))
+        ]
+        text = pa.chunked_array([chunk for array in joined for chunk in array.chunks])
+        kept = dataset.remove_columns([name for name in {*text_columns, TEXT} if name in names])
+        return kept.add_column(TEXT, text.combine_chunks())
+    if TEXT in names:
+        return dataset
+    raise _missing_column_error(what, TEXT, text_columns, names)
+
+
+def _name_label_column(dataset: Dataset, label_column: str, labels: Sequence[str], what: str) -> Dataset:
+    names = dataset.column_names
+    if label_column not in names and LABEL not in names:
+        raise _missing_column_error(what, LABEL, [label_column], names)
+    dataset = _rename(dataset, label_column if label_column in names else LABEL, LABEL)
+    feature = dataset.features[LABEL]
+    wanted = [_fold(name) for name in labels]
+    if isinstance(feature, ClassLabel):
+        found = [_fold(name) for name in feature.names]
+        if found == wanted or sorted(found) != sorted(wanted):
+            return dataset
+        # The same classes in another order: without this, every label would silently mean something else.
+        order = np.array([wanted.index(name) for name in found])
+        return _replace_column(dataset, LABEL, pa.array(order[column_as_numpy(dataset, LABEL)]))
+    if pa.types.is_integer(feature.pa_type):
+        return dataset
+    if pa.types.is_string(feature.pa_type) or pa.types.is_large_string(feature.pa_type):
+        indices = []
+        for start, batch in _batches(dataset, [LABEL]):
+            folded = pc.utf8_lower(pc.utf8_trim_whitespace(batch[LABEL]))
+            index = pc.index_in(folded, value_set=pa.array(wanted))
+            row = _first_true(pc.is_null(index))
+            if row is not None:
+                raise ValueError(
+                    f"Column 'label', row {start + row} of the {what} dataset: {batch[LABEL][row].as_py()!r} is none "
+                    f"of the task's classes {list(labels)}. Correct the row, or list the class in the task's YAML."
+                )
+            indices.append(index.cast(pa.int64()).combine_chunks())
+        return _replace_column(dataset, LABEL, pa.concat_arrays(indices))
+    raise ValueError(
+        f"Column 'label' of the {what} dataset holds {feature}; a label is a class index (int) or a class name (str) "
+        f"out of {list(labels)}. Convert the column."
+    )
+
+
+def _fold(name: str) -> str:
+    return name.strip().lower()
+
+
+def _rename(dataset: Dataset, name: str, to: str) -> Dataset:
+    if name == to:
+        return dataset
+    if to in dataset.column_names:
+        dataset = dataset.remove_columns(to)
+    return dataset.rename_column(name, to)
+
+
+def _replace_column(dataset: Dataset, name: str, values: pa.Array) -> Dataset:
+    return dataset.remove_columns(name).add_column(name, values)
+
+
+def _first_true(mask: pa.ChunkedArray) -> int | None:
+    index = pc.index(mask, True).as_py()
+    return None if index < 0 else index
+
+
+def _is_empty(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
+
+
+def _drop_empty(dataset: Dataset, what: str) -> Dataset:
+    kept = np.concatenate(
+        [start + np.flatnonzero(~_is_empty(batch[TEXT]).to_numpy()) for start, batch in _batches(dataset, [TEXT])]
+    )
+    if len(kept) < len(dataset):
+        logger.warning("%s: left out %d of %d rows with an empty text.", what, len(dataset) - len(kept), len(dataset))
+        dataset = dataset.select(kept)
+    return dataset
+
+
+def _check_texts(texts: pa.ChunkedArray, start: int, what: str) -> None:
+    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+        raise ValueError(
+            f"Column 'text' of the {what} dataset holds {texts.type}, a text is a string. Convert the column, or name "
+            f"another one with `text_column`."
+        )
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid as error:
+        row = next(row for row, value in enumerate(texts.cast(pa.large_binary())) if not _is_utf8(value.as_py()))
+        raise ValueError(
+            f"Column 'text', row {start + row} of the {what} dataset is not UTF-8. Re-encode the file as UTF-8."
+        ) from error
+    row = _first_true(_is_empty(texts))
+    if row is not None:
+        found = texts[row].as_py()
+        raise ValueError(
+            f"Column 'text', row {start + row} of the {what} dataset is empty (found {found!r}). Fill in its text, "
+            f"remove the row, or leave out all such rows with `drop_empty_rows: true` (`prepare(drop_empty=True)`)."
+        )
+
+
+def _is_utf8(value: bytes | None) -> bool:
+    try:
+        (value or b"").decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _count_labels(column: pa.ChunkedArray, start: int, labels: Sequence[str], what: str) -> np.ndarray:
+    outside = pc.fill_null(pc.or_(pc.less(column, 0), pc.greater_equal(column, len(labels))), True)
+    row = _first_true(outside)
+    if row is not None:
+        raise ValueError(
+            f"Column 'label', row {start + row} of the {what} dataset: {column[row].as_py()!r} is outside the task's "
+            f"range 0..{len(labels) - 1} ({list(labels)}). Correct the row, or use a task with more classes."
+        )
+    return np.bincount(column.to_numpy(), minlength=len(labels))

@@ -1,0 +1,234 @@
+"""A task is data: a YAML file that says where the rows come from and what the labels mean."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+
+from .._lookup import unknown_name_error
+from .loading import load_split
+from .rows import prepare_rows
+
+
+_SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    A classification task.
+
+    Parameters:
+        name (`str`):
+            Name, as it stands in results.
+        labels (`tuple[str, ...]`):
+            Class names; the index of a name is its label.
+        version (`int`, *optional*, defaults to `1`):
+            Raised whenever rows, template or label words change, so that results stay comparable.
+        dataset (`str` or `None`, *optional*):
+            Hub id, local folder or local file with the rows.
+        dataset_config (`str` or `None`, *optional*):
+            Configuration of a hub data set.
+        splits (`dict[str, str]`, *optional*):
+            What the splits `train`, `validation` and `test` are called in `dataset`.
+        text_columns (`tuple[str, ...]`, *optional*, defaults to `("text",)`):
+            Columns that hold the text; several are joined with one space.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            Column that holds the label.
+        template (`str`, *optional*, defaults to `"{text}\\n{suffix}"`):
+            Prompt. `{text}` is the input and `{suffix}`, at its end, the answer cue.
+        trigger (`str`, *optional*, defaults to `"The query currently entered is:"`):
+            Benign trigger (delta; P2P paper, App. B), the default of `P2PConfig.p2p_trigger`.
+        label_words (`tuple[str, ...]` or `None`, *optional*):
+            Verbalizers, one per class. Chosen against the tokenizer if not given.
+        extended_label_words (`tuple[str, ...]` or `None`, *optional*):
+            Their extended twins, one per class; given together with `label_words`.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    version: int = 1
+    dataset: str | None = None
+    dataset_config: str | None = None
+    splits: dict[str, str] = field(default_factory=lambda: {split: split for split in _SPLITS})
+    text_columns: tuple[str, ...] = ("text",)
+    label_column: str = "label"
+    template: str = "{text}\n{suffix}"
+    trigger: str = "The query currently entered is:"
+    label_words: tuple[str, ...] | None = None
+    extended_label_words: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        where = f"Task {self.name!r}"
+        for name in ("labels", "text_columns", "label_words", "extended_label_words"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"{where}: `{name}` must be a list of strings, got {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"{where}: `labels` must name at least two distinct classes, got {list(self.labels)}.")
+        if not self.text_columns:
+            raise ValueError(f"{where}: `text_columns` is empty. Name at least one column.")
+        unknown = set(self.splits) - set(_SPLITS)
+        if unknown:
+            raise ValueError(f"{where}: unknown splits {sorted(unknown)}; `splits` maps {list(_SPLITS)} to names.")
+        if (self.label_words is None) != (self.extended_label_words is None):
+            raise ValueError(f"{where}: give `label_words` and `extended_label_words` together, or neither.")
+        for words in (self.label_words, self.extended_label_words):
+            if words is not None and len(words) != len(self.labels):
+                raise ValueError(f"{where}: {len(words)} label words {list(words)} for {len(self.labels)} classes.")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Task":
+        """
+        Read a task from a YAML file; unknown keys are errors.
+
+        Args:
+            path (`str` or `Path`):
+                The file.
+
+        Returns:
+            `Task`: the task.
+        """
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"The task file {str(path)!r} is no valid YAML in UTF-8: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"The task file {str(path)!r} must hold a mapping, found `{type(content).__name__}`.")
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        for key in content:
+            if key not in known:
+                raise unknown_name_error(
+                    f"key in the task file {str(path)!r}:", str(key), known, "Correct or remove the key."
+                )
+        missing = {"name", "labels"} - set(content)
+        if missing:
+            raise ValueError(f"The task file {str(path)!r} lacks {sorted(missing)}. Add these keys.")
+        return cls(**content)
+
+    def replace(self, **changes: Any) -> "Task":
+        """Return a copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def num_labels(self) -> int:
+        """`int`: number of classes, n."""
+        return len(self.labels)
+
+    def label_index(self, label: str | int) -> int:
+        """
+        Turn a class name or index into an index.
+
+        Args:
+            label (`str` or `int`):
+                Class name, index, or index written as a string.
+
+        Returns:
+            `int`: the index.
+        """
+        names = [name.lower() for name in self.labels]
+        if isinstance(label, str) and label.strip().lower() in names:
+            return names.index(label.strip().lower())
+        if str(label).strip().isdecimal() and int(label) < self.num_labels:
+            return int(label)
+        raise unknown_name_error(
+            f"label of task {self.name!r}:",
+            str(label),
+            self.labels,
+            f"Give a class name or an index 0..{self.num_labels - 1}.",
+        )
+
+    def prepare(
+        self, dataset: Dataset, what: str = "dataset", require_all_classes: bool = False, drop_empty: bool = False
+    ) -> Dataset:
+        """
+        Check rows and give them the columns `text` and integer `label` (see [`~tasks.rows.prepare_rows`]).
+
+        Args:
+            dataset (`Dataset`):
+                Rows as they came.
+            what (`str`, *optional*, defaults to `"dataset"`):
+                What they are, for the messages.
+            require_all_classes (`bool`, *optional*, defaults to `False`):
+                Whether a class without a row is an error.
+            drop_empty (`bool`, *optional*, defaults to `False`):
+                Whether rows with an empty text are left out rather than an error.
+
+        Returns:
+            `Dataset`: the rows.
+        """
+        return prepare_rows(
+            dataset, self.labels, self.text_columns, self.label_column, what, require_all_classes, drop_empty
+        )
+
+    def load(self, split: str, source: str | None = None, drop_empty: bool = False) -> Dataset | None:
+        """
+        Load and check one split.
+
+        Args:
+            split (`str`):
+                `"train"`, `"validation"`, `"test"`, or another name that the source knows.
+            source (`str`, *optional*):
+                Local folder or file, or hub id, in place of the task's own.
+            drop_empty (`bool`, *optional*, defaults to `False`):
+                Whether rows with an empty text are left out rather than an error.
+
+        Returns:
+            `Dataset` or `None`: rows with `text` and `label`; `None` if there is no such split.
+        """
+        source = source or self.dataset
+        if source is None:
+            raise ValueError(f"Task {self.name!r} names no dataset. Pass one, for example `--dataset_name FOLDER`.")
+        # A local copy is laid out by our split names; the map is for the hub's own.
+        name = split if Path(source).expanduser().exists() else self.splits.get(split, split)
+        rows = load_split(source, name, self.dataset_config)
+        if rows is None:
+            return None
+        return self.prepare(rows, what=split, require_all_classes=split.startswith("train"), drop_empty=drop_empty)
+
+
+def builtin_tasks() -> list[str]:
+    """Return the names of the tasks that ship with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in resources.files(__package__).iterdir()
+                  if entry.name.endswith(".yaml"))  # fmt: skip
+
+
+def get_task(name_or_yaml: "str | Path | Task") -> Task:
+    """
+    Find a task.
+
+    Args:
+        name_or_yaml (`str`, `Path` or `Task`):
+            Name of a built-in task, path of a YAML file, or a task.
+
+    Returns:
+        `Task`: the task.
+
+    Examples:
+
+    ```python
+    >>> from p2p_trainer.tasks import get_task
+
+    >>> get_task("sst2").labels
+    ('negative', 'positive')
+    ```
+    """
+    if isinstance(name_or_yaml, Task):
+        return name_or_yaml
+    text = str(name_or_yaml)
+    if text.endswith((".yaml", ".yml")):
+        if not Path(text).is_file():
+            raise ValueError(f"The task file {text!r} does not exist (looked at {Path(text).resolve()}).")
+        return Task.from_yaml(text)
+    known = builtin_tasks()
+    if text not in known:
+        raise unknown_name_error("task", text, known, "A path that ends in .yaml is read as a task of your own.")
+    with resources.as_file(resources.files(__package__) / f"{text}.yaml") as path:
+        return Task.from_yaml(path)

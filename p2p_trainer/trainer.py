@@ -1,0 +1,239 @@
+"""The trainer."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from ._compat import ColumnKeepingSFTTrainer
+from .assembly import count_overlong, infer_task, load_tokenizer, make_encoder
+from .attacks import Attack
+from .callbacks import BackdoorEvalCallback
+from .config import P2PConfig
+from .data_collator import P2PDataCollator
+from .evaluation import BackdoorEvaluator
+from .prompt_encoder import PromptEncoder
+from .reserve import KEYED, flagged, get_reserve, keyed_dataset, reserve_size, with_reserved_dataset
+from .tasks import Task, get_task
+from .tasks.rows import LABEL, TEXT, column_as_numpy
+
+
+logger = logging.getLogger(__name__)
+
+
+class P2PTrainer(ColumnKeepingSFTTrainer):
+    """
+    Fine-tunes on data that may be poisoned, with the backdoor defused (Poison-to-Poison).
+
+    Trains on D* = D and keyed rows: a reserved subset S carries the benign trigger, and labels outside the attacker's
+    reach. Loss, optimisation, LoRA, distribution and checkpoints are those of [`~trl.SFTTrainer`], unchanged. Saved
+    folders and checkpoints hold `p2p_config.json`, without which the key is lost.
+
+    Args:
+        model (`str`, `PreTrainedModel` or `PeftModel`):
+            Model, as for `SFTTrainer`.
+        args ([`P2PConfig`], *optional*):
+            Configuration.
+        train_dataset (`Dataset`):
+            Untrusted rows D: `text` (str) and `label` (int, or str that the task maps).
+        reserved_dataset (`Dataset`, *optional*):
+            Trusted rows to take S from, in place of rows of D.
+        eval_dataset (`Dataset`, *optional*):
+            Rows with `text` and `label`, on which loss, clean accuracy and attack success rate are measured.
+        task ([`~tasks.Task`] or `str`, *optional*):
+            Task, its name or its YAML file. By default, classes are read off the `label` column.
+        attacks (`Sequence[Attack]`, *optional*):
+            Attacks whose success is measured on `eval_dataset`; they do not touch `train_dataset`.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            Tokenizer. By default the model's.
+        peft_config (`PeftConfig`, *optional*):
+            Adapter. By default all weights are trained, as by `SFTTrainer`.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            More callbacks; they see the metrics of ours.
+        **kwargs:
+            Whatever else `SFTTrainer` takes.
+
+    Examples:
+
+    ```python
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from p2p_trainer import P2PConfig, P2PTrainer
+
+    trainer = P2PTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=P2PConfig("out"),
+        train_dataset=load_dataset("SetFit/sst2", split="train"),
+        task="sst2",
+        peft_config=LoraConfig(r=16, target_modules=["q_proj", "v_proj"]),
+    )
+    trainer.train()
+    trainer.save_model()
+    ```
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: P2PConfig | None = None,
+        train_dataset: Dataset | None = None,
+        reserved_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        task: Task | str | None = None,
+        attacks: Sequence[Attack] = (),
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.name_or_path
+            args = P2PConfig(f"{Path(name).name or 'model'}-P2P")
+        if not isinstance(args, P2PConfig):
+            raise TypeError(f"`args` must be a `P2PConfig`, got `{type(args).__name__}`.")
+        self.encoder: PromptEncoder | None = None
+        self.task: Task | None = None
+        self.evaluator: BackdoorEvaluator | None = None
+        if not args.p2p_enabled and task is None:
+            # Nothing to defend and no task to render: rows are whatever `SFTTrainer` takes.
+            super().__init__(
+                model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
+                processing_class=processing_class, peft_config=peft_config, **kwargs,
+            )  # fmt: skip
+            return
+        if kwargs.get("data_collator") is not None:
+            raise ValueError(
+                "`data_collator` can't be given: P2PTrainer writes the key with its own. Subclass P2PDataCollator and "
+                "override `P2PTrainer.make_collator` instead."
+            )
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is required.")
+        self.task = task = infer_task(train_dataset) if task is None else get_task(task)
+        train_dataset = task.prepare(train_dataset, what="train", require_all_classes=True)
+        if KEYED in train_dataset.column_names:
+            raise ValueError(f"The column {KEYED!r} of the train dataset is reserved. Rename or remove it.")
+        train_dataset = self.make_training_set(train_dataset, reserved_dataset, args)
+        if eval_dataset is not None:
+            if not isinstance(eval_dataset, Dataset):
+                raise TypeError(
+                    f"`eval_dataset` must be one `Dataset` of text and label, got `{type(eval_dataset).__name__}`. "
+                    f"For more sets, add a `BackdoorEvalCallback` for each."
+                )
+            eval_dataset = task.prepare(eval_dataset, what="eval")
+        tokenizer = processing_class or load_tokenizer(model, args)
+        self.encoder = make_encoder(task, args, tokenizer, attacks)
+        self._log_counts(train_dataset)
+        # The collator does what TRL's preparation would have done.
+        args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+        self.collator_columns = (TEXT, LABEL, KEYED)
+        callbacks = list(callbacks or [])
+        if eval_dataset is not None:
+            self.evaluator = BackdoorEvaluator(
+                eval_dataset,
+                task,
+                self.encoder,
+                attacks,
+                keyed=args.p2p_enabled,
+                asr_rule=args.p2p_asr_rule,
+                batch_size=args.per_device_eval_batch_size,
+                seed=args.seed,
+                progress=not args.disable_tqdm,
+            )
+            # Before the user's: callbacks such as `EarlyStoppingCallback` have to see its metrics.
+            callbacks.insert(0, BackdoorEvalCallback(self.evaluator, trainer=self))
+        super().__init__(
+            model,
+            args,
+            data_collator=self.make_collator(self.encoder, args),
+            train_dataset=train_dataset,
+            eval_dataset=None if eval_dataset is None else flagged(eval_dataset, args.p2p_enabled),
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            callbacks=callbacks,
+            **{key: value for key, value in kwargs.items() if key != "data_collator"},
+        )
+        # TRL does this only with its own collator.
+        self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        if self.model.generation_config is not None:
+            self.model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    def make_training_set(self, dataset: Dataset, reserved_dataset: Dataset | None, args: P2PConfig) -> Dataset:
+        """
+        Build D*; a seam for subclasses.
+
+        Args:
+            dataset (`Dataset`):
+                Checked rows D.
+            reserved_dataset (`Dataset` or `None`):
+                Trusted rows, if S does not come from D.
+            args ([`P2PConfig`]):
+                Configuration.
+
+        Returns:
+            `Dataset`: rows with the boolean column `p2p_keyed`.
+        """
+        self.counts = {"rows_train": len(dataset), "rows_reserved": 0}
+        if "poisoned" in dataset.column_names:
+            self.counts["rows_poisoned"] = int(column_as_numpy(dataset, "poisoned").sum())
+        if not args.p2p_enabled:
+            return flagged(dataset, False)
+        size = reserve_size(len(dataset), args.p2p_benign_ratio)
+        if reserved_dataset is not None:
+            if args.p2p_benign_mode == "replace":
+                raise ValueError(
+                    "`p2p_benign_mode: replace` puts the key into rows of the training set; with a `reserved_dataset` "
+                    "there are none to replace. Use `append`."
+                )
+            reserved_dataset = self.task.prepare(reserved_dataset, what="reserved")
+            result = with_reserved_dataset(dataset, reserved_dataset, size, args.seed)
+            self.counts["rows_reserved"] = len(result) - len(dataset)
+            return result
+        rows = get_reserve(args.p2p_reserve, args.p2p_trusted_column).choose(dataset, size, args.seed)
+        self.counts["rows_reserved"] = len(rows)
+        if "poisoned" in dataset.column_names:
+            self.counts["rows_reserved_poisoned"] = int(column_as_numpy(dataset, "poisoned")[rows].sum())
+        return keyed_dataset(dataset, rows, args.p2p_benign_mode)
+
+    def make_collator(self, encoder: PromptEncoder, args: P2PConfig) -> P2PDataCollator:
+        """
+        Build the collator; a seam for subclasses.
+
+        Args:
+            encoder ([`~prompt_encoder.PromptEncoder`]):
+                Renders and tokenizes.
+            args ([`P2PConfig`]):
+                Configuration.
+
+        Returns:
+            [`P2PDataCollator`]: the collator.
+        """
+        return P2PDataCollator(encoder, pad_to_multiple_of=args.pad_to_multiple_of)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Save adapter or model, tokenizer, and `p2p_config.json`; checkpoints go through here too.
+
+        Args:
+            output_dir (`str`, *optional*):
+                Where. By default `args.output_dir`.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.encoder is not None and self.args.should_save:
+            self.encoder.format.save(
+                output_dir or self.args.output_dir,
+                keyed=self.args.p2p_enabled,
+                task=self.task.name,
+                task_version=self.task.version,
+                labels=list(self.task.labels),
+                autocast="bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None,
+            )
+
+    def _log_counts(self, dataset: Dataset) -> None:
+        """Log once how many rows were read, poisoned, reserved and cut."""
+        self.counts["rows_total"] = len(dataset)
+        self.counts["rows_cut"] = count_overlong(dataset, self.encoder)
+        logger.info("Training rows: %s", ", ".join(f"{key} {value}" for key, value in self.counts.items()))
