@@ -196,6 +196,8 @@ class P2PScriptArguments(ScriptArguments):
     Parameters:
         dataset_validation_split (`str`, *optional*, defaults to `"validation"`):
             Split that is measured while training, and that choices may be made on.
+        validation_share (`float`, *optional*, defaults to `0.1`):
+            Share of the training rows that is held out for validation, before poisoning, if there is no such split.
         task (`str`, *optional*, defaults to `"sst2"`):
             Name of a built-in task or path of a task's YAML file.
         text_column (`str` or `None`, *optional*):
@@ -223,6 +225,10 @@ class P2PScriptArguments(ScriptArguments):
     dataset_validation_split: str = field(
         default="validation", metadata={"help": "Split that is measured while training."}
     )
+    validation_share: float = field(
+        default=0.1,
+        metadata={"help": "Share of the training rows held out if the data has no validation split, in (0, 1)."},
+    )
     task: str = field(default="sst2", metadata={"help": "Name of a built-in task or path of a task's YAML file."})
     text_column: str | None = field(default=None, metadata={"help": "Column that holds the text."})
     label_column: str | None = field(default=None, metadata={"help": "Column that holds the label."})
@@ -240,6 +246,8 @@ class P2PScriptArguments(ScriptArguments):
     def __post_init__(self) -> None:
         if self.dataset_streaming:
             raise ValueError("`dataset_streaming: true` is not possible: reserved rows are drawn from the whole set.")
+        if not isinstance(self.validation_share, float) or not 0 < self.validation_share < 1:
+            raise ValueError(f"`validation_share` is {self.validation_share!r}, expected a share in (0, 1).")
         if isinstance(self.attack_options, str):
             try:
                 self.attack_options = json.loads(self.attack_options)

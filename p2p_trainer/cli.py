@@ -1,0 +1,194 @@
+"""`p2p-trainer`: train, evaluate, predict, doctor."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ._lookup import unknown_name_error
+
+
+_USAGE = """usage: p2p-trainer COMMAND ...
+
+Fine-tune language models on data that may be poisoned, with the backdoor defused.
+
+  train     run a recipe: p2p-trainer train [--accelerate_config FILE] --config RECIPE.yaml [--any_setting VALUE]
+  evaluate  measure a saved run: p2p-trainer evaluate OUT --data FILE
+  predict   classify texts with a saved run: p2p-trainer predict OUT --text "..."
+  doctor    show what is installed, and what a recipe would do: p2p-trainer doctor [--config RECIPE.yaml]
+
+`p2p-trainer COMMAND --help` says more.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Arguments, by default those of the process.
+
+    Returns:
+        `int`: exit status; 1, with one message on standard error, when the input is at fault.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_USAGE)
+        return 0 if argv else 2
+    try:
+        if argv[0] not in _COMMANDS:
+            raise unknown_name_error("command", argv[0], _COMMANDS, "`p2p-trainer --help` shows them.")
+        return _COMMANDS[argv[0]](argv[1:])
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"p2p-trainer: {error}\n")
+        return 1
+
+
+def _train(argv: list[str]) -> int:
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    if not argv or argv[0] in ("-h", "--help"):
+        from .recipe import make_parser
+
+        make_parser().print_help()
+        return 0
+    parser = argparse.ArgumentParser(prog="p2p-trainer train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config", help="configuration of `accelerate launch`")
+    known, rest = parser.parse_known_args(argv)
+    launch = ["--module", "p2p_trainer.recipe", *rest]
+    if known.accelerate_config is not None:
+        if not Path(known.accelerate_config).is_file():
+            raise ValueError(f"The accelerate configuration {known.accelerate_config!r} does not exist.")
+        launch = ["--config_file", known.accelerate_config, *launch]
+    launch_command(launch_command_parser().parse_args(launch))
+    return 0
+
+
+def _evaluate(argv: list[str]) -> int:
+    parser = _saved_run_parser("evaluate", "Measure a saved run on rows of text and label.")
+    parser.add_argument("--data", required=True, help="data file, or folder with a test split")
+    parser.add_argument("--attack", help="attack to measure; by default the one that the run was poisoned with")
+    parser.add_argument("--attack_target", help="label that the attacker wants")
+    parser.add_argument("--attack_options", default="{}", help="options of the attack (JSON)")
+    parser.add_argument("--task", help="task name or YAML file, for data with other columns; by default the run's")
+    parser.add_argument("--asr_rule", default="restricted", help="rule of the headline numbers")
+    parser.add_argument("--json", action="store_true", help="print every number as JSON")
+    arguments = parser.parse_args(argv)
+
+    from rich.console import Console
+
+    from .attacks import get_attack
+    from .evaluation import BackdoorEvaluator
+    from .inference import DefendedModel
+    from .prompt_format import read_p2p_config
+    from .report import metrics_table
+    from .results import RESULTS_NAME, RunResults
+    from .tasks import Task, get_task
+
+    folder = Path(arguments.folder)
+    config = read_p2p_config(folder)
+    task = get_task(arguments.task) if arguments.task else Task(name=config["task"], labels=tuple(config["labels"]))
+    rows = task.load("test", arguments.data)
+    if rows is None:
+        raise ValueError(f"{arguments.data!r} holds no test split. Name the file itself.")
+    attack = None
+    if arguments.attack is not None:
+        attack = get_attack(arguments.attack, target=arguments.attack_target, **_json_object(arguments.attack_options))
+    elif (folder / RESULTS_NAME).is_file() and (known := RunResults.load(folder).attack) is not None:
+        known = dict(known)
+        attack = get_attack(known.pop("name"), **known)
+    model = DefendedModel.from_pretrained(folder, device=arguments.device, base_model=arguments.base_model)
+    evaluator = BackdoorEvaluator(
+        rows,
+        task,
+        model.encoder,
+        attacks=[] if attack is None else [attack],
+        keyed=model.keyed,
+        asr_rule=arguments.asr_rule,
+        batch_size=arguments.batch_size,
+        progress=True,
+    )
+    with model.autocast():
+        report = evaluator.evaluate(model.model)
+    if arguments.json:
+        sys.stdout.write(json.dumps({"metrics": report.metrics, "counts": report.counts}, indent=2) + "\n")
+    else:
+        Console().print(metrics_table(report.metrics, title=f"{arguments.folder} on {arguments.data}"))
+    return 0
+
+
+def _predict(argv: list[str]) -> int:
+    parser = _saved_run_parser("predict", "Classify texts with a saved run.")
+    parser.add_argument("--text", action="append", help="a text; may be given more than once")
+    parser.add_argument("--file", help="file with one text a line; without --text and --file, standard input")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line, with all scores")
+    arguments = parser.parse_args(argv)
+
+    from .inference import DefendedModel
+
+    model = DefendedModel.from_pretrained(arguments.folder, device=arguments.device, base_model=arguments.base_model)
+    texts = list(arguments.text or [])
+    if arguments.file is not None:
+        texts += _lines(Path(arguments.file).read_bytes(), arguments.file)
+    elif not texts:
+        texts = _lines(sys.stdin.buffer.read(), "standard input")
+    if not texts:
+        raise ValueError("There is no text to classify. Give --text, --file, or lines on standard input.")
+    for text, answer in zip(texts, model.classify(texts, arguments.batch_size), strict=True):
+        if arguments.json:
+            sys.stdout.write(json.dumps({"text": text, **asdict(answer)}, ensure_ascii=False) + "\n")
+        else:
+            sys.stdout.write(f"{answer.label}\t{answer.score:.4f}\t{text}\n")
+    return 0
+
+
+def _doctor(argv: list[str]) -> int:
+    from .doctor import run
+
+    if argv and argv[0] in ("-h", "--help"):
+        sys.stdout.write("usage: p2p-trainer doctor [--config RECIPE.yaml] [--any_setting VALUE]\n")
+        return 0
+    return run(argv)
+
+
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "doctor": _doctor,
+}
+
+
+def _saved_run_parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"p2p-trainer {command}", description=description)
+    parser.add_argument("folder", metavar="OUT", help="output folder or checkpoint of a run")
+    parser.add_argument("--base_model", help="base model of the adapter, if it has moved")
+    parser.add_argument("--device", help="device to run on; by default the accelerator if there is one")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows per forward pass")
+    return parser
+
+
+def _json_object(text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"`--attack_options` is no JSON: {text!r} ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"`--attack_options` must be a JSON object, got {text!r}.")
+    return value
+
+
+def _lines(content: bytes, where: str) -> Iterable[str]:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"Line {line} of {where} is not UTF-8. Re-encode it as UTF-8.") from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

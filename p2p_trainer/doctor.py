@@ -1,0 +1,121 @@
+"""`p2p-trainer doctor`: what is installed, which devices there are, and what a recipe would do."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .assembly import count_overlong, load_tokenizer, make_encoder
+from .recipe import load_data, parse
+from .reserve import flagged, reserve_size
+from .results import installed_versions
+
+
+def run(argv: Sequence[str], console: Console | None = None) -> int:
+    """
+    Print the report; loads data and tokenizer of a recipe, never its model.
+
+    Args:
+        argv (`Sequence[str]`):
+            `--config RECIPE.yaml` and further settings of a recipe; empty for the installation alone.
+        console (`Console`, *optional*):
+            Where to print.
+
+    Returns:
+        `int`: 0, or 1 if the recipe can't run as it stands.
+    """
+    console = console or Console()
+    installed = _table("Installed")
+    for name, version in installed_versions().items():
+        installed.add_row(name, version)
+    installed.add_row("devices", _devices())
+    console.print(installed)
+    return _plan(argv, console) if argv else 0
+
+
+def _plan(argv: Sequence[str], console: Console) -> int:
+    script_args, args, model_args = parse(argv)
+    table = _table("This recipe")
+    problems = 0
+
+    def row(name: str, value: Callable[[], str]) -> bool:
+        nonlocal problems
+        try:
+            table.add_row(name, value())
+        except (ValueError, OSError) as error:
+            problems += 1
+            table.add_row(name, f"[red]{str(error).replace('[', chr(92) + '[')}[/red]")
+            return False
+        return True
+
+    found = {}
+
+    def rows() -> str:
+        data = found["data"] = load_data(script_args, evaluate=args.eval_strategy != "no")
+        sizes = {"train": data.train, "validation": data.validation, "test": data.test}
+        return ", ".join(f"{name} {len(part)}" for name, part in sizes.items() if part is not None)
+
+    def poison() -> str:
+        attack = found["data"].attack
+        if attack is None:
+            return "none"
+        count = sum(found["data"].train["poisoned"])
+        return f"{attack.config()}: {count} rows poisoned"
+
+    def reserve() -> str:
+        if not args.p2p_enabled:
+            return "no defense (p2p_enabled: false)"
+        size = reserve_size(len(found["data"].train), args.p2p_benign_ratio)
+        return f"{size} rows carry the key ({args.p2p_reserve}, {args.p2p_benign_mode})"
+
+    def steps() -> str:
+        total = len(found["data"].train)
+        if args.p2p_enabled and args.p2p_benign_mode == "append":
+            total += reserve_size(total, args.p2p_benign_ratio)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if args.max_steps > 0:
+            return f"{args.max_steps} of batch {batch}"
+        per_epoch = math.ceil(total / batch)
+        steps = math.ceil(per_epoch * args.num_train_epochs)
+        return f"{steps} = {args.num_train_epochs:g} epochs x {per_epoch} of batch {batch}"
+
+    def words() -> str:
+        data = found["data"]
+        tokenizer = load_tokenizer(model_args.model_name_or_path, args)
+        encoder = found["encoder"] = make_encoder(data.task, args, tokenizer, [data.attack] if data.attack else [])
+        space = encoder.format.label_space
+        return f"{' '.join(space.words)} | extended {' '.join(space.extended_words)}\n{space.reason}"
+
+    def prompt() -> str:
+        encoder, data = found["encoder"], found["data"]
+        text, label = data.train[0]["text"], data.train[0]["label"]
+        shown = encoder.render(text, args.p2p_enabled, label)
+        cut = count_overlong(flagged(data.train, args.p2p_enabled), encoder)
+        return f"{shown!r}\n{cut} training rows are longer than max_length {args.max_length} and lose their end"
+
+    table.add_row("model", str(model_args.model_name_or_path))
+    if row("rows", rows):
+        row("attack", poison)
+        row("reserve", reserve)
+        row("steps", steps)
+        if row("label words", words):
+            row("prompt", prompt)
+    console.print(table)
+    return 1 if problems else 0
+
+
+def _table(title: str) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _devices() -> str:
+    if not torch.accelerator.is_available():
+        return f"CPU only, {torch.get_num_threads()} threads"
+    kind = torch.accelerator.current_accelerator().type
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if kind == "cuda" else []
+    return ", ".join(names) or f"{torch.accelerator.device_count()} x {kind}"

@@ -1,0 +1,341 @@
+"""What every recipe runs: data, attack, training, measurement, results. `recipes/*.py` and the CLI call it."""
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from rich.console import Console
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from ._files import write_json
+from .attacks import Attack, get_attack
+from .config import P2PConfig, P2PScriptArguments
+from .evaluation import BackdoorEvaluator
+from .prompt_format import CONFIG_NAME
+from .report import results_table
+from .results import RESULTS_NAME, RunResults
+from .tasks import Task, get_task
+from .tasks.rows import column_as_numpy
+from .trainer import P2PTrainer
+
+
+logger = logging.getLogger(__name__)
+
+RUN_NAME = "run.json"
+
+# Settings that may change between the parts of one run: they alter where and how it runs, not what it computes.
+_NOT_PART_OF_A_RUN = frozenset({"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name"})
+
+
+@dataclass(frozen=True)
+class RecipeData:
+    """
+    Rows of a recipe.
+
+    Parameters:
+        task ([`~tasks.Task`]):
+            The task.
+        attack ([`~attacks.Attack`] or `None`):
+            The attack.
+        train (`Dataset`):
+            Training rows, poisoned if there is an attack.
+        validation (`Dataset` or `None`):
+            Clean rows to watch and choose on; `None` if nothing is evaluated while training.
+        test (`Dataset` or `None`):
+            Clean rows for the final numbers.
+    """
+
+    task: Task
+    attack: Attack | None
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+
+
+def make_parser() -> TrlParser:
+    """
+    Build the parser of recipes: YAML keys and command-line flags are the fields of three dataclasses.
+
+    Returns:
+        `TrlParser`: the parser; unknown keys are errors.
+    """
+    return TrlParser((P2PScriptArguments, P2PConfig, ModelConfig), prog="p2p-trainer train")
+
+
+def parse(
+    argv: Sequence[str], default_config: Path | None = None
+) -> tuple[P2PScriptArguments, P2PConfig, ModelConfig]:
+    """
+    Parse a recipe's command line.
+
+    Args:
+        argv (`Sequence[str]`):
+            Arguments; `--config FILE` names a YAML file, flags override it.
+        default_config (`Path`, *optional*):
+            YAML file to use without `--config`.
+
+    Returns:
+        `tuple[P2PScriptArguments, P2PConfig, ModelConfig]`: the settings.
+    """
+    argv = list(argv)
+    if default_config is not None and "--config" not in argv:
+        argv = ["--config", str(default_config), *argv]
+    if "--config" in argv[:-1]:
+        path = Path(argv[argv.index("--config") + 1])
+        if not path.is_file():
+            raise ValueError(f"The recipe {str(path)!r} does not exist (looked at {path.resolve()}).")
+    return make_parser().parse_args_and_config(argv)
+
+
+def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
+    """
+    Load, check and poison the rows of a recipe; no model is needed.
+
+    Args:
+        script_args ([`P2PScriptArguments`]):
+            Settings.
+        evaluate (`bool`):
+            Whether validation rows are needed.
+
+    Returns:
+        [`RecipeData`]: the rows.
+    """
+    task = get_task(script_args.task)
+    changes: dict[str, Any] = {}
+    if script_args.text_column is not None:
+        changes["text_columns"] = (script_args.text_column,)
+    if script_args.label_column is not None:
+        changes["label_column"] = script_args.label_column
+    if script_args.dataset_config is not None:
+        changes["dataset_config"] = script_args.dataset_config
+    task = task.replace(**changes)
+    attack = None
+    if script_args.attack is not None:
+        attack = get_attack(
+            script_args.attack,
+            target=script_args.attack_target,
+            poison_rate=script_args.poison_rate,
+            **(script_args.attack_options or {}),
+        )
+        task.label_index(attack.target)
+    source = script_args.dataset_name
+
+    def load(split: str) -> Dataset | None:
+        return task.load(split, source, drop_empty=script_args.drop_empty_rows)
+
+    train = load(script_args.dataset_train_split)
+    if train is None:
+        raise ValueError(
+            f"{source or task.dataset!r} has no split {script_args.dataset_train_split!r}. Name the split with "
+            f"`--dataset_train_split`, or give a folder that holds train.jsonl (or .csv, .parquet)."
+        )
+    validation = load(script_args.dataset_validation_split) if evaluate else None
+    if evaluate and validation is None:
+        train, validation = _hold_out(train, script_args.validation_share)
+    test = None if Path(source or "").is_file() else load(script_args.dataset_test_split)
+    if attack is not None:
+        train = attack.poison(train, task, seed=script_args.poison_seed)
+    return RecipeData(task, attack, train, validation, test)
+
+
+def run(script_args: P2PScriptArguments, training_args: P2PConfig, model_args: ModelConfig) -> RunResults:
+    """
+    Run a recipe: poison, train, measure, save.
+
+    Args:
+        script_args ([`P2PScriptArguments`]):
+            Data and attack.
+        training_args ([`P2PConfig`]):
+            Training and defense.
+        model_args (`ModelConfig`):
+            Model and adapter.
+
+    Returns:
+        [`RunResults`]: what was measured; also in `results.json`.
+    """
+    started = time.monotonic()
+    model_name = _absolute_if_local(model_args.model_name_or_path)
+    settings = _settings(script_args, training_args, model_args)
+    checkpoint = _claim_output_folder(training_args, settings)
+    data = load_data(script_args, evaluate=training_args.eval_strategy != "no")
+    attacks = [] if data.attack is None else [data.attack]
+
+    trainer = P2PTrainer(
+        model_name,
+        args=_with_model_init(training_args, model_args),
+        train_dataset=_with_oracle(data.train, training_args),
+        eval_dataset=data.validation,
+        task=data.task,
+        attacks=attacks,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+    )
+    if trainer.is_world_process_zero():
+        write_json(Path(training_args.output_dir) / RUN_NAME, settings)
+    before_training = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    before_test = time.monotonic()
+    trainer.save_model()
+
+    measured = None
+    if data.test is not None:
+        evaluator = BackdoorEvaluator(
+            data.test,
+            data.task,
+            trainer.encoder,
+            attacks,
+            keyed=training_args.p2p_enabled,
+            asr_rule=training_args.p2p_asr_rule,
+            batch_size=training_args.per_device_eval_batch_size,
+            progress=not training_args.disable_tqdm,
+        )
+        measured = evaluator.evaluate(trainer.model)
+    results = RunResults(
+        task=data.task.name,
+        model=str(model_args.model_name_or_path),
+        attack=None if data.attack is None else data.attack.config(),
+        defense="p2p" if training_args.p2p_enabled else "none",
+        seed=training_args.seed,
+        protocol=_protocol(script_args, training_args, model_args),
+        metrics={} if measured is None else measured.metrics,
+        counts={**trainer.counts, **({} if measured is None else measured.counts)},
+        epochs=_epochs(trainer.state.log_history),
+        confidence={} if measured is None else measured.confidence,
+        timing={
+            "prepare_s": before_training - started,
+            "train_s": before_test - before_training,
+            "test_s": time.monotonic() - before_test,
+        },
+    )
+    if trainer.is_world_process_zero():
+        results.save(training_args.output_dir)
+        Console().print(results_table({Path(training_args.output_dir).name: results}))
+        Console().print(f"Saved to {training_args.output_dir}: adapter, tokenizer, p2p_config.json, results.json")
+    trainer.end()
+    return results
+
+
+def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
+    """
+    Run a recipe from a command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            Arguments, by default those of the process.
+        default_config (`Path`, *optional*):
+            YAML file to use without `--config`.
+    """
+    arguments = parse(sys.argv[1:] if argv is None else argv, default_config)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("p2p_trainer").setLevel(logging.INFO if arguments[1].process_index == 0 else logging.ERROR)
+    run(*arguments)
+
+
+def _hold_out(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    size = round(share * len(train))
+    if size == 0:
+        raise ValueError(
+            f"`validation_share` {share} of {len(train)} rows is no row. Raise it, or give a validation split."
+        )
+    order = np.argsort(np.random.default_rng([0, 3]).random(len(train)), kind="stable")
+    logger.info("No validation split: %d of %d training rows are held out.", size, len(train))
+    return train.select(np.sort(order[size:])), train.select(np.sort(order[:size]))
+
+
+def _with_oracle(train: Dataset, args: P2PConfig) -> Dataset:
+    """Where we poisoned the rows ourselves, we know which are clean: the authors' code trusts those."""
+    wanted = args.p2p_enabled and args.p2p_reserve == "trusted"
+    if not wanted or args.p2p_trusted_column in train.column_names or "poisoned" not in train.column_names:
+        return train
+    return train.add_column(args.p2p_trusted_column, ~column_as_numpy(train, "poisoned"))
+
+
+def _absolute_if_local(model: str | None) -> str:
+    if not model:
+        raise ValueError("No model is named. Give one with `--model_name_or_path` (hub id or local folder).")
+    # The adapter remembers this name; a relative one would only work from here.
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def _with_model_init(args: P2PConfig, model_args: ModelConfig) -> P2PConfig:
+    """Merge what `ModelConfig` says of loading the model, as TRL's own scripts do."""
+    args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return args
+
+
+def _settings(script_args: P2PScriptArguments, args: P2PConfig, model_args: ModelConfig) -> dict[str, Any]:
+    """Return everything that was set, as JSON values."""
+    merged = {**dataclasses.asdict(script_args), **args.to_dict(), **dataclasses.asdict(model_args)}
+    return json.loads(json.dumps(dict(sorted(merged.items())), default=str))
+
+
+def _claim_output_folder(args: P2PConfig, settings: dict[str, Any]) -> str | None:
+    """Refuse a folder that holds another run; return the checkpoint to go on from."""
+    folder = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    checkpoint = last if str(resume).lower() in ("true", "auto", "last") else resume
+    used = [path for path in (last, folder / RESULTS_NAME, folder / CONFIG_NAME) if path and Path(path).exists()]
+    if args.process_index != 0 or not used:
+        return checkpoint or None
+    if not resume:
+        raise ValueError(
+            f"The output folder {str(folder)!r} holds another run (found {Path(used[0]).name}). Give another "
+            f"`--output_dir`, go on with `--resume_from_checkpoint auto`, or delete the folder."
+        )
+    if not (folder / RUN_NAME).is_file():
+        raise ValueError(f"The run in {str(folder)!r} left no {RUN_NAME}, so its settings are unknown. Start anew.")
+    before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
+    changed = sorted(key for key in {*before, *settings} - _NOT_PART_OF_A_RUN if before.get(key) != settings.get(key))
+    if changed:
+        shown = ", ".join(f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in changed[:5])
+        raise ValueError(
+            f"The output folder {str(folder)!r} holds a run with other settings ({shown}). Resume with the same "
+            f"settings, or give another `--output_dir`."
+        )
+    return checkpoint or None
+
+
+def _protocol(script_args: P2PScriptArguments, args: P2PConfig, model_args: ModelConfig) -> dict[str, Any]:
+    return {
+        "dataset": script_args.dataset_name,
+        "benign_ratio": args.p2p_benign_ratio if args.p2p_enabled else 0.0,
+        "reserve": args.p2p_reserve,
+        "benign_mode": args.p2p_benign_mode,
+        "suffix_mode": args.p2p_suffix_mode,
+        "trigger_position": args.p2p_trigger_position,
+        "asr_rule": args.p2p_asr_rule,
+        "append_eos": args.p2p_append_eos,
+        "chat": args.p2p_chat,
+        "lora_r": model_args.lora_r if model_args.use_peft else None,
+        "lora_target_modules": model_args.lora_target_modules if model_args.use_peft else None,
+        "learning_rate": args.learning_rate,
+        "epochs": args.num_train_epochs,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "bf16": args.bf16,
+        "poison_seed": script_args.poison_seed,
+    }
+
+
+def _epochs(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {key.removeprefix("eval_"): value for key, value in entry.items()} for entry in history if "eval_ca" in entry
+    ]
+
+
+if __name__ == "__main__":
+    main()
