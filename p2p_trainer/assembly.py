@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -16,13 +17,10 @@ from .prompt_format import PromptFormat
 from .reserve import KEYED
 from .tasks import Task
 from .tasks.loading import hub_error
-from .tasks.rows import LABEL, TEXT
+from .tasks.rows import LABEL, TEXT, arrow_batches
 
 
 logger = logging.getLogger(__name__)
-
-# Rows are tokenized in batches of this size when the overlong ones are counted.
-_COUNT_BATCH = 4096
 
 
 def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: P2PConfig) -> PreTrainedTokenizerBase:
@@ -145,14 +143,9 @@ def count_overlong(dataset: Dataset, encoder: PromptEncoder) -> int:
     """
     # A token has at least one byte, so that few rows are tokenized here.
     total = 0
-    view = dataset.select_columns([TEXT, KEYED])
-    for batch in view.iter(batch_size=_COUNT_BATCH):
-        long = [
-            (text, keyed)
-            for text, keyed in zip(batch[TEXT], batch[KEYED], strict=True)
-            if len(text.encode()) > encoder.text_budget
-        ]
-        for context in (False, True):
-            texts = [text for text, keyed in long if keyed == context]
-            total += encoder.count_overlong(texts, context) if texts else 0
+    for _, batch in arrow_batches(dataset, [TEXT, KEYED]):
+        long = batch.filter(pc.greater(pc.binary_length(batch[TEXT]), encoder.text_budget))
+        for keyed in (False, True):
+            texts = long.filter(pc.equal(long[KEYED], keyed))[TEXT].to_pylist()
+            total += encoder.count_overlong(texts, keyed) if texts else 0
     return total

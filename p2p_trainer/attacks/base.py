@@ -117,7 +117,7 @@ class Attack(ABC):
 
         Args:
             dataset (`Dataset`):
-                Rows with `text` and integer `label`.
+                Rows with `text` and `label`, or with the columns that the task names.
             task ([`~tasks.Task`]):
                 The task.
             seed (`int`, *optional*, defaults to `0`):
@@ -138,6 +138,7 @@ class Attack(ABC):
                 f"The dataset already has the columns {taken}: it was poisoned before. Remove them first."
             )
         target = task.label_index(self.target)
+        dataset = task.prepare(dataset, what="train")
         labels = column_as_numpy(dataset, LABEL)
         wanted = round(self.poison_rate * len(dataset))
         if wanted == 0:
@@ -173,7 +174,7 @@ class Attack(ABC):
 
         Args:
             dataset (`Dataset`):
-                Rows with `text` and integer `label`.
+                Rows with `text` and `label`, or with the columns that the task names.
             task ([`~tasks.Task`]):
                 The task.
             seed (`int`, *optional*, defaults to `0`):
@@ -184,6 +185,7 @@ class Attack(ABC):
             `label` (the true one) and `source_index` (int, the row of `dataset` it came from).
         """
         target = task.label_index(self.target)
+        dataset = task.prepare(dataset, what="test")
         rows = np.flatnonzero(column_as_numpy(dataset, LABEL) != target)
         # Another stream than `poison`: train and test positions must not repeat each other.
         random = np.random.default_rng([seed, 1]).random(len(dataset))

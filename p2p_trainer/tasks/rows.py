@@ -68,7 +68,7 @@ def prepare_rows(
     if drop_empty:
         dataset = _drop_empty(dataset, what)
     counts = np.zeros(len(labels), dtype=np.int64)
-    for start, batch in _batches(dataset, [TEXT, LABEL]):
+    for start, batch in arrow_batches(dataset, [TEXT, LABEL]):
         _check_texts(batch[TEXT], start, what)
         counts += _count_labels(batch[LABEL], start, labels, what)
     missing = [name for name, count in zip(labels, counts, strict=True) if count == 0]
@@ -83,10 +83,11 @@ def prepare_rows(
 
 def column_as_numpy(dataset: Dataset, column: str) -> np.ndarray:
     """Read one column as a NumPy array without going through Python objects."""
-    return np.concatenate([batch[column].to_numpy() for _, batch in _batches(dataset, [column])])
+    return np.concatenate([batch[column].to_numpy() for _, batch in arrow_batches(dataset, [column])])
 
 
-def _batches(dataset: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+def arrow_batches(dataset: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
+    """Read columns in Arrow batches, each with the index of its first row."""
     view = dataset.select_columns(columns).with_format("arrow")
     for number, batch in enumerate(view.iter(batch_size=_BATCH_ROWS)):
         yield number * _BATCH_ROWS, batch
@@ -107,7 +108,7 @@ def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str) 
             return _rename(dataset, text_columns[0], TEXT)
         joined = [
             pc.binary_join_element_wise(*(pc.fill_null(batch[name], "") for name in text_columns), " ")
-            for _, batch in _batches(dataset, list(text_columns))
+            for _, batch in arrow_batches(dataset, list(text_columns))
         ]
         text = pa.chunked_array([chunk for array in joined for chunk in array.chunks])
         kept = dataset.remove_columns([name for name in {*text_columns, TEXT} if name in names])
@@ -135,7 +136,7 @@ def _name_label_column(dataset: Dataset, label_column: str, labels: Sequence[str
         return dataset
     if pa.types.is_string(feature.pa_type) or pa.types.is_large_string(feature.pa_type):
         indices = []
-        for start, batch in _batches(dataset, [LABEL]):
+        for start, batch in arrow_batches(dataset, [LABEL]):
             folded = pc.utf8_lower(pc.utf8_trim_whitespace(batch[LABEL]))
             index = pc.index_in(folded, value_set=pa.array(wanted))
             row = _first_true(pc.is_null(index))
@@ -179,7 +180,7 @@ def _is_empty(texts: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _drop_empty(dataset: Dataset, what: str) -> Dataset:
     kept = np.concatenate(
-        [start + np.flatnonzero(~_is_empty(batch[TEXT]).to_numpy()) for start, batch in _batches(dataset, [TEXT])]
+        [start + np.flatnonzero(~_is_empty(batch[TEXT]).to_numpy()) for start, batch in arrow_batches(dataset, [TEXT])]
     )
     if len(kept) < len(dataset):
         logger.warning("%s: left out %d of %d rows with an empty text.", what, len(dataset) - len(kept), len(dataset))
