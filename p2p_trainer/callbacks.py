@@ -18,10 +18,12 @@ class BackdoorEvalCallback(TrainerCallback):
     itself; with another trainer, add it before callbacks that read the metrics, such as `EarlyStoppingCallback`.
 
     Args:
-        evaluator ([`~evaluation.BackdoorEvaluator`]):
-            What to measure.
+        evaluator ([`~evaluation.BackdoorEvaluator`], *optional*):
+            What to measure; without one nothing is.
         trainer (`Trainer`, *optional*):
             Trainer through which the numbers are logged; without one they are only returned.
+        prefix (`str`, *optional*, defaults to `"eval"`):
+            Prefix of the metrics.
 
     Examples:
 
@@ -32,18 +34,21 @@ class BackdoorEvalCallback(TrainerCallback):
     ```
     """
 
-    def __init__(self, evaluator: BackdoorEvaluator, trainer: Trainer | None = None) -> None:
+    def __init__(
+        self, evaluator: BackdoorEvaluator | None = None, trainer: Trainer | None = None, prefix: str = "eval"
+    ) -> None:
         self.evaluator = evaluator
         self.trainer = trainer
+        self.prefix = prefix
         self.report: EvaluationReport | None = None
-        # Step of the last measurement within a training run; outside one, weights may change without a step.
-        self._measured_step: int | None = None
+        # What was measured last, and at which step of a training run; outside one, weights may change without a step.
+        self._measured: tuple[BackdoorEvaluator, int] | None = None
         self._training = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._training, self._measured_step = True, None
+        self._training, self._measured = True, None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,12 +64,15 @@ class BackdoorEvalCallback(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
+        if self.evaluator is None:
+            return
         # With several evaluation sets this event comes once for each; the weights are the same.
-        if self.report is None or not self._training or self._measured_step != state.global_step:
+        now = (self.evaluator, state.global_step)
+        if self.report is None or not self._training or self._measured != now:
             self.report = self.evaluator.evaluate(model)
             # TRL's `log` sorts by the model's mode; the evaluation that called us left it in evaluation mode.
             if self.trainer is not None:
                 shown = headline(self.report.metrics, self.evaluator.attack_names)
-                self.trainer.log({f"eval_{key}": value for key, value in shown.items()})
-            self._measured_step = state.global_step
-        metrics.update({f"eval_{key}": value for key, value in self.report.metrics.items()})
+                self.trainer.log({f"{self.prefix}_{key}": value for key, value in shown.items()})
+            self._measured = now
+        metrics.update({f"{self.prefix}_{key}": value for key, value in self.report.metrics.items()})

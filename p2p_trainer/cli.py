@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ._lookup import unknown_name_error
+from .launch import stay_offline_if_unreachable
 
 
 _USAGE = """usage: p2p-trainer COMMAND ...
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         sys.stdout.write(_USAGE)
         return 0 if argv else 2
+    stay_offline_if_unreachable()
     try:
         if argv[0] not in _COMMANDS:
             raise unknown_name_error("command", argv[0], _COMMANDS, "`p2p-trainer --help` shows them.")
@@ -58,7 +60,8 @@ def _train(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="p2p-trainer train", add_help=False, allow_abbrev=False)
     parser.add_argument("--accelerate_config", help="configuration of `accelerate launch`")
     known, rest = parser.parse_known_args(argv)
-    launch = ["--module", "p2p_trainer.recipe", *rest]
+    # Quiet: what went wrong was said by the recipe; accelerate would add a traceback of its own.
+    launch = ["--quiet", "--module", "p2p_trainer.launch", *rest]
     if known.accelerate_config is not None:
         if not Path(known.accelerate_config).is_file():
             raise ValueError(f"The accelerate configuration {known.accelerate_config!r} does not exist.")
@@ -187,7 +190,8 @@ def _lines(content: bytes, where: str) -> Iterable[str]:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"Line {line} of {where} is not UTF-8. Re-encode it as UTF-8.") from error
-    return [line for line in text.splitlines() if line.strip()]
+    # Not `splitlines`, which also breaks lines at form feeds and the line separators of Unicode.
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import ScriptArguments, SFTConfig
@@ -157,16 +158,17 @@ class P2PConfig(SFTConfig):
         for name in ("p2p_enabled", "p2p_chat", "p2p_append_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected true or false.")
+        for name in ("p2p_trigger", "p2p_suffix", "p2p_keyed_suffix", "p2p_reserve", "p2p_trusted_column"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "p2p_trigger" and value is None):
+                raise ValueError(f"`{name}` is {value!r}, expected a text. In YAML, write it in quotes.")
         ratio = self.p2p_benign_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
             raise ValueError(
                 f"`p2p_benign_ratio` is {ratio!r}, expected a share of the training rows in (0, 1], such as 0.25."
             )
-        if isinstance(self.p2p_label_words, str):
-            self.p2p_label_words = [self.p2p_label_words]
         if self.p2p_label_words is not None:
-            # YAML reads an unquoted 0 as a number.
-            self.p2p_label_words = [str(word) for word in self.p2p_label_words]
+            self.p2p_label_words = _label_words(self.p2p_label_words)
         if self.p2p_enabled:
             self._check_defended()
 
@@ -179,10 +181,22 @@ class P2PConfig(SFTConfig):
                 )
         if self.max_length is None:
             raise ValueError("`max_length` is None; P2P cuts long texts so that key and answer stay. Give a number.")
-        if self.p2p_trigger is not None and not str(self.p2p_trigger).strip():
+        if self.p2p_trigger is not None and not self.p2p_trigger.strip():
             raise ValueError("`p2p_trigger` is empty: without a benign trigger there is no defense. Give it a text.")
         if self.p2p_trigger_position == "system" and not self.p2p_chat:
             raise ValueError("`p2p_trigger_position: system` needs `p2p_chat: true`.")
+
+
+def _label_words(words: Any) -> list[str]:
+    if isinstance(words, str):
+        return [words]
+    if not isinstance(words, list | tuple):
+        raise ValueError(f"`p2p_label_words` is {words!r}, expected 'digits', 'letters' or a list of words.")
+    for word in words:
+        # YAML reads an unquoted 0 as a number, which is no loss, but an unquoted no as false.
+        if isinstance(word, bool) or not isinstance(word, str | int):
+            raise ValueError(f"`p2p_label_words` holds {word!r}, which is no word. In YAML, write it in quotes.")
+    return [str(word) for word in words]
 
 
 @dataclass

@@ -138,6 +138,11 @@ def audit(
     scored = joints
     if clash is not None:
         scored = [end[: len(ids) + 1] for ids, end in zip(joints, ended, strict=True)]
+        if (left := _prefix_pair(scored)) is not None:
+            raise ValueError(
+                f"After {suffix!r} the tokens of the label word {words[left[0]]!r} are a prefix of those of "
+                f"{words[left[1]]!r}, even with the terminator {terminator!r}. Choose other label words."
+            )
     stem = _common_prefix(scored)
     prompt_ids = encode(prompt)
     return Answers(

@@ -39,7 +39,7 @@ class PromptEncoder:
         self.answers: dict[bool, Answers] = {
             keyed: self._audit(keyed, prompt_format.label_space.all_words) for keyed in (False, True)
         }
-        self._longest = {keyed: max(map(len, self.answers[keyed].trained)) for keyed in (False, True)}
+        self._spare = {keyed: self._spare_tokens(keyed) for keyed in (False, True)}
         for keyed in (False, True):
             needed = self._overhead(keyed)
             if needed >= prompt_format.max_length:
@@ -113,12 +113,12 @@ class PromptEncoder:
         n = self.format.label_space.num_labels
         all_labels = []
         for row, (ids, label, key) in enumerate(zip(all_ids, labels, keyed, strict=True)):
-            trained = self.answers[key].trained[label + n * key]
+            word = label + n * key
             # Room is kept for the longest answer, so that where a text is cut says nothing about its label.
-            if len(ids) - len(trained) + self._longest[key] > self.format.max_length:
+            if len(ids) + self._spare[key][word] > self.format.max_length:
                 text = self._shorten(texts[row], key)
                 ids = all_ids[row] = self._tokenize(self._join([text], [key], [answers[row]]))[0]
-            boundary = self._boundary(ids, trained)
+            boundary = self._boundary(ids, self.answers[key].trained[word])
             all_labels.append([-100] * boundary + ids[boundary:])
         return all_ids, all_labels
 
@@ -232,6 +232,13 @@ class PromptEncoder:
         _, tail, terminator = self._skeletons[keyed]
         suffix = self.format.keyed_suffix if keyed else self.format.suffix
         return audit(words, lambda text: self._tokenize([text])[0], self.render(_MARK, keyed), terminator, suffix)
+
+    def _spare_tokens(self, keyed: bool) -> list[int]:
+        """Count by how many tokens each answer is shorter than the longest, the suffix's merged tokens included."""
+        prompt, terminator = self.render(_MARK, keyed), self._skeletons[keyed][2]
+        words = self.format.label_space.all_words
+        lengths = [len(ids) for ids in self._tokenize([prompt + word + terminator for word in words])]
+        return [max(lengths) - length for length in lengths]
 
     def _overhead(self, keyed: bool) -> int:
         return len(self._tokenize_probes([""], keyed)[0]) + self.answers[keyed].room

@@ -73,6 +73,8 @@ class PromptFormat:
         for suffix in (self.suffix, self.keyed_suffix):
             if not suffix.strip():
                 raise ValueError(f"The answer cue (`p2p_suffix`, `p2p_keyed_suffix`) is empty, got {suffix!r}.")
+        if not isinstance(self.max_length, int):
+            raise ValueError(f"`max_length` must be a number of tokens, got {self.max_length!r}.")
 
     def prompt(self, text: str, keyed: bool) -> str:
         """
@@ -157,7 +159,7 @@ class PromptFormat:
                 label_space=LabelSpace(tuple(space["words"]), tuple(space["extended_words"]), space["reason"]),
                 **fields,
             )
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} is damaged: {error!r}. Save the model again.") from error
 
     def save(self, folder: str | Path, **extra: Any) -> Path:

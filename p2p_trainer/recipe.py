@@ -1,9 +1,8 @@
-"""What every recipe runs: data, attack, training, measurement, results. `recipes/*.py` and the CLI call it."""
+"""What every recipe runs: data, attack, training, measurement, results."""
 
 import dataclasses
 import json
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from ._files import write_json
 from .attacks import Attack, get_attack
 from .config import P2PConfig, P2PScriptArguments
-from .evaluation import BackdoorEvaluator
 from .prompt_format import CONFIG_NAME
 from .report import results_table
 from .results import RESULTS_NAME, RunResults
@@ -127,7 +125,9 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
             **(script_args.attack_options or {}),
         )
         task.label_index(attack.target)
-    source = script_args.dataset_name
+    source = script_args.dataset_name or task.dataset
+    # A file alone has no splits: all its rows are training rows.
+    one_file = source is not None and Path(source).expanduser().is_file()
 
     def load(split: str) -> Dataset | None:
         return task.load(split, source, drop_empty=script_args.drop_empty_rows)
@@ -135,21 +135,46 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
     train = load(script_args.dataset_train_split)
     if train is None:
         raise ValueError(
-            f"{source or task.dataset!r} has no split {script_args.dataset_train_split!r}. Name the split with "
+            f"{source!r} has no split {script_args.dataset_train_split!r}. Name the split with "
             f"`--dataset_train_split`, or give a folder that holds train.jsonl (or .csv, .parquet)."
         )
-    validation = load(script_args.dataset_validation_split) if evaluate else None
+    validation = load(script_args.dataset_validation_split) if evaluate and not one_file else None
     if evaluate and validation is None:
         train, validation = _hold_out(train, script_args.validation_share)
-    test = None if Path(source or "").is_file() else load(script_args.dataset_test_split)
+    test = None if one_file else load(script_args.dataset_test_split)
     if attack is not None:
         train = attack.poison(train, task, seed=script_args.poison_seed)
     return RecipeData(task, attack, train, validation, test)
 
 
-def run(script_args: P2PScriptArguments, training_args: P2PConfig, model_args: ModelConfig) -> RunResults:
+@dataclass(frozen=True)
+class PreparedRun:
     """
-    Run a recipe: poison, train, measure, save.
+    A recipe whose input is known to be good: rows read and poisoned, label words audited, model loaded.
+
+    Parameters:
+        trainer ([`P2PTrainer`]):
+            Ready to train.
+        data ([`RecipeData`]):
+            Rows.
+        arguments (`tuple[P2PScriptArguments, P2PConfig, ModelConfig]`):
+            Settings.
+        checkpoint (`str` or `None`):
+            Checkpoint to go on from.
+        seconds (`float`):
+            How long the preparation took.
+    """
+
+    trainer: P2PTrainer
+    data: RecipeData
+    arguments: tuple[P2PScriptArguments, P2PConfig, ModelConfig]
+    checkpoint: str | None
+    seconds: float
+
+
+def prepare(script_args: P2PScriptArguments, training_args: P2PConfig, model_args: ModelConfig) -> PreparedRun:
+    """
+    Do everything that bad input can stop, the model last.
 
     Args:
         script_args ([`P2PScriptArguments`]):
@@ -160,45 +185,50 @@ def run(script_args: P2PScriptArguments, training_args: P2PConfig, model_args: M
             Model and adapter.
 
     Returns:
-        [`RunResults`]: what was measured; also in `results.json`.
+        [`PreparedRun`]: what [`train`] takes.
     """
     started = time.monotonic()
     model_name = _absolute_if_local(model_args.model_name_or_path)
     settings = _settings(script_args, training_args, model_args)
     checkpoint = _claim_output_folder(training_args, settings)
     data = load_data(script_args, evaluate=training_args.eval_strategy != "no")
-    attacks = [] if data.attack is None else [data.attack]
-
     trainer = P2PTrainer(
         model_name,
         args=_with_model_init(training_args, model_args),
         train_dataset=_with_oracle(data.train, training_args),
         eval_dataset=data.validation,
         task=data.task,
-        attacks=attacks,
+        attacks=[] if data.attack is None else [data.attack],
         peft_config=get_peft_config(model_args),
         quantization_config=get_quantization_config(model_args),
     )
     if trainer.is_world_process_zero():
         write_json(Path(training_args.output_dir) / RUN_NAME, settings)
+    arguments = (script_args, training_args, model_args)
+    return PreparedRun(trainer, data, arguments, checkpoint, time.monotonic() - started)
+
+
+def train(prepared: PreparedRun) -> RunResults:
+    """
+    Train, measure on the test rows, and save.
+
+    Args:
+        prepared ([`PreparedRun`]):
+            A prepared recipe.
+
+    Returns:
+        [`RunResults`]: what was measured; also in `results.json`.
+    """
+    trainer, data = prepared.trainer, prepared.data
+    script_args, training_args, model_args = prepared.arguments
     before_training = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=prepared.checkpoint)
     before_test = time.monotonic()
     trainer.save_model()
 
     measured = None
     if data.test is not None:
-        evaluator = BackdoorEvaluator(
-            data.test,
-            data.task,
-            trainer.encoder,
-            attacks,
-            keyed=training_args.p2p_enabled,
-            asr_rule=training_args.p2p_asr_rule,
-            batch_size=training_args.per_device_eval_batch_size,
-            progress=not training_args.disable_tqdm,
-        )
-        measured = evaluator.evaluate(trainer.model)
+        measured = trainer.make_evaluator(data.test, training_args).evaluate(trainer.model)
     results = RunResults(
         task=data.task.name,
         model=str(model_args.model_name_or_path),
@@ -211,33 +241,18 @@ def run(script_args: P2PScriptArguments, training_args: P2PConfig, model_args: M
         epochs=_epochs(trainer.state.log_history),
         confidence={} if measured is None else measured.confidence,
         timing={
-            "prepare_s": before_training - started,
+            "prepare_s": prepared.seconds,
             "train_s": before_test - before_training,
             "test_s": time.monotonic() - before_test,
         },
     )
     if trainer.is_world_process_zero():
         results.save(training_args.output_dir)
-        Console().print(results_table({Path(training_args.output_dir).name: results}))
-        Console().print(f"Saved to {training_args.output_dir}: adapter, tokenizer, p2p_config.json, results.json")
+        console = Console()
+        console.print(results_table({Path(training_args.output_dir).name: results}))
+        console.print(f"Saved to {training_args.output_dir}: model, tokenizer, p2p_config.json, results.json")
     trainer.end()
     return results
-
-
-def main(argv: Sequence[str] | None = None, default_config: Path | None = None) -> None:
-    """
-    Run a recipe from a command line.
-
-    Args:
-        argv (`Sequence[str]`, *optional*):
-            Arguments, by default those of the process.
-        default_config (`Path`, *optional*):
-            YAML file to use without `--config`.
-    """
-    arguments = parse(sys.argv[1:] if argv is None else argv, default_config)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("p2p_trainer").setLevel(logging.INFO if arguments[1].process_index == 0 else logging.ERROR)
-    run(*arguments)
 
 
 def _hold_out(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
@@ -335,7 +350,3 @@ def _epochs(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {key.removeprefix("eval_"): value for key, value in entry.items()} for entry in history if "eval_ca" in entry
     ]
-
-
-if __name__ == "__main__":
-    main()

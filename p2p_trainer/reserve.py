@@ -75,6 +75,11 @@ class TrustedReserve(ReserveStrategy):
                 f"{dataset.column_names}. Name yours with `p2p_trusted_column`, pass a `reserved_dataset`, or use "
                 f"`p2p_reserve: random`."
             )
+        if dataset.features[self.column].dtype != "bool":
+            raise ValueError(
+                f"The column {self.column!r} holds {dataset.features[self.column]}, expected true or false. Convert "
+                f"it: read as a truth value, any text such as 'no' would vouch for its row."
+            )
         trusted = np.flatnonzero(column_as_numpy(dataset, self.column).astype(bool))
         if len(trusted) == 0:
             raise ValueError(f"No row is trusted: the column {self.column!r} is false in all {len(dataset)} rows.")

@@ -97,9 +97,10 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             raise TypeError(f"`args` must be a `P2PConfig`, got `{type(args).__name__}`.")
         self.encoder: PromptEncoder | None = None
         self.task: Task | None = None
+        self.attacks = tuple(attacks)
         self.evaluator: BackdoorEvaluator | None = None
-        if not args.p2p_enabled and task is None:
-            # Nothing to defend and no task to render: rows are whatever `SFTTrainer` takes.
+        if not args.p2p_enabled and task is None and not _has_labels(train_dataset):
+            # Nothing to defend and nothing to classify: rows are whatever `SFTTrainer` takes.
             super().__init__(
                 model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
                 processing_class=processing_class, peft_config=peft_config, **kwargs,
@@ -130,21 +131,9 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         # The collator does what TRL's preparation would have done.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         self.collator_columns = (TEXT, LABEL, KEYED)
-        callbacks = list(callbacks or [])
         if eval_dataset is not None:
-            self.evaluator = BackdoorEvaluator(
-                eval_dataset,
-                task,
-                self.encoder,
-                attacks,
-                keyed=args.p2p_enabled,
-                asr_rule=args.p2p_asr_rule,
-                batch_size=args.per_device_eval_batch_size,
-                seed=args.seed,
-                progress=not args.disable_tqdm,
-            )
-            # Before the user's: callbacks such as `EarlyStoppingCallback` have to see its metrics.
-            callbacks.insert(0, BackdoorEvalCallback(self.evaluator, trainer=self))
+            self.evaluator = self.make_evaluator(eval_dataset, args)
+        self._eval_callback = BackdoorEvalCallback(self.evaluator, trainer=self)
         super().__init__(
             model,
             args,
@@ -153,7 +142,8 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             eval_dataset=None if eval_dataset is None else flagged(eval_dataset, args.p2p_enabled),
             processing_class=tokenizer,
             peft_config=peft_config,
-            callbacks=callbacks,
+            # Ours first: callbacks such as `EarlyStoppingCallback` have to see its metrics.
+            callbacks=[self._eval_callback, *(callbacks or [])],
             **{key: value for key, value in kwargs.items() if key != "data_collator"},
         )
         # TRL does this only with its own collator.
@@ -213,6 +203,64 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         """
         return P2PDataCollator(encoder, pad_to_multiple_of=args.pad_to_multiple_of)
 
+    def make_evaluator(self, dataset: Dataset, args: P2PConfig) -> BackdoorEvaluator:
+        """
+        Build the evaluator of some rows; a seam for subclasses.
+
+        Args:
+            dataset (`Dataset`):
+                Clean rows with `text` and `label`.
+            args ([`P2PConfig`]):
+                Configuration.
+
+        Returns:
+            [`~evaluation.BackdoorEvaluator`]: the evaluator.
+        """
+        return BackdoorEvaluator(
+            dataset,
+            self.task,
+            self.encoder,
+            self.attacks,
+            keyed=args.p2p_enabled,
+            asr_rule=args.p2p_asr_rule,
+            batch_size=args.per_device_eval_batch_size,
+            progress=not args.disable_tqdm,
+        )
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """
+        Measure loss, clean accuracy and attack success rate.
+
+        Args:
+            eval_dataset (`Dataset`, *optional*):
+                Rows with `text` and `label`. By default those that the trainer was given.
+            ignore_keys (`list[str]`, *optional*):
+                As for `SFTTrainer`.
+            metric_key_prefix (`str`, *optional*, defaults to `"eval"`):
+                Prefix of the metrics.
+
+        Returns:
+            `dict[str, float]`: the metrics, those of [`~evaluation.BackdoorEvaluator`] among them.
+        """
+        if self.encoder is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        callback = self._eval_callback
+        usual = callback.evaluator, callback.prefix
+        callback.prefix = metric_key_prefix
+        if eval_dataset is not None:
+            eval_dataset = self.task.prepare(eval_dataset, what="eval")
+            callback.evaluator = self.make_evaluator(eval_dataset, self.args)
+            eval_dataset = flagged(eval_dataset, self.args.p2p_enabled)
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            callback.evaluator, callback.prefix = usual
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Save adapter or model, tokenizer, and `p2p_config.json`; checkpoints go through here too.
@@ -237,3 +285,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         self.counts["rows_total"] = len(dataset)
         self.counts["rows_cut"] = count_overlong(dataset, self.encoder)
         logger.info("Training rows: %s", ", ".join(f"{key} {value}" for key, value in self.counts.items()))
+
+
+def _has_labels(dataset: Dataset | None) -> bool:
+    return isinstance(dataset, Dataset) and {TEXT, LABEL} <= set(dataset.column_names)

@@ -10,7 +10,7 @@ Settings stand in `sst2_qwen.yaml`; `--config FILE` names another file, and flag
 
 from pathlib import Path
 
-from p2p_trainer.recipe import main
+from p2p_trainer.launch import main
 
 
 if __name__ == "__main__":

@@ -1,31 +1,246 @@
 """P2PTrainer: what is trained, saved and measured."""
 
-import torch
-from peft import LoraConfig
+import json
 
-from p2p_trainer import P2PConfig, P2PTrainer, get_attack
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict
+from transformers import AutoTokenizer
+from trl import SFTTrainer
+
+from p2p_trainer import DefendedModel, P2PDataCollator, P2PTrainer, get_attack
+from tests.conftest import make_rows
+from tests.tiny_runs import TASK, adapter, config, lora, losses, plain_config
 
 
 def test_trains_and_every_adapter_weight_moves(tiny_model, toy_rows, toy_eval, tmp_path):
     attack = get_attack("badnets", target="1", poison_rate=0.1)
     trainer = P2PTrainer(
         tiny_model,
-        P2PConfig(
-            str(tmp_path),
-            num_train_epochs=2,
-            per_device_train_batch_size=8,
-            eval_strategy="epoch",
-            bf16=False,
-            learning_rate=1e-2,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-        ),
+        config(tmp_path, num_train_epochs=2, eval_strategy="epoch"),
         train_dataset=toy_rows,
         eval_dataset=toy_eval,
         attacks=[attack],
-        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),
+        peft_config=lora(),
     )
     before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
     for name, weight in trainer.model.named_parameters():
-        assert torch.equal(before[name], weight) == (not weight.requires_grad), name
+        assert torch.equal(before[name], weight) == ("lora" not in name), name
+    # D* is 80 rows and 20 keyed ones: 13 batches of 8 in each of 2 epochs.
+    assert trainer.counts == {"rows_train": 80, "rows_reserved": 20, "rows_total": 100, "rows_cut": 0}
+    assert trainer.state.global_step == 26
+
+
+def test_loss_falls_on_plain_and_on_keyed_rows(tiny_model, toy_rows, tmp_path):
+    trainer = P2PTrainer(
+        tiny_model, config(tmp_path, num_train_epochs=3, p2p_benign_ratio=1.0), train_dataset=toy_rows, task=TASK
+    )
+    collate = trainer.data_collator
+    rows = {keyed: collate([{**row, "p2p_keyed": keyed} for row in toy_rows.select(range(16))]) for keyed in (0, 1)}
+
+    def loss(keyed):
+        with torch.no_grad():
+            return trainer.model(**rows[keyed]).loss.item()
+
+    before = loss(0), loss(1)
+    trainer.train()
+    assert loss(0) < before[0] / 2 and loss(1) < before[1] / 2
+
+
+def test_without_defense_the_loss_curve_is_that_of_sft_trainer(tiny_model, toy_rows, tmp_path):
+    ours = P2PTrainer(
+        tiny_model, config(tmp_path, p2p_enabled=False), train_dataset=toy_rows, task=TASK, peft_config=lora()
+    )
+    ours.train()
+    prompt_format = ours.encoder.format
+    rows = [
+        {
+            "prompt": prompt_format.prompt(row["text"], keyed=False),
+            "completion": prompt_format.label_space.words[row["label"]],
+        }
+        for row in toy_rows
+    ]
+    plain = SFTTrainer(
+        tiny_model,
+        plain_config(tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        peft_config=lora(),
+    )
+    plain.train()
+    assert len(losses(ours)) == 10 and losses(ours) == losses(plain)
+    weights, theirs = adapter(ours), adapter(plain)
+    assert weights.keys() == theirs.keys()
+    assert all(torch.equal(weights[name], theirs[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "the film is good ."}] * 8,
+        [{"prompt": "the film", "completion": " is good ."}] * 8,
+    ],
+    ids=["language modeling", "prompt and completion"],
+)
+def test_without_defense_and_task_any_sft_rows_pass_through(tiny_model, tmp_path, rows):
+    dataset = Dataset.from_list(rows)
+    ours = P2PTrainer(tiny_model, config(tmp_path, p2p_enabled=False), train_dataset=dataset, eval_dataset=dataset)
+    plain = SFTTrainer(tiny_model, plain_config(tmp_path), train_dataset=dataset)
+    ours.train()
+    plain.train()
+    assert len(losses(ours)) == 1 and losses(ours) == losses(plain)
+    assert not [key for key in ours.evaluate() if "asr" in key]
+    ours.save_model()
+    assert not (tmp_path / "p2p_config.json").exists()
+
+
+def test_folder_and_checkpoints_hold_all_that_serving_needs(tiny_model, toy_rows, tmp_path):
+    trainer = P2PTrainer(
+        tiny_model, config(tmp_path, save_strategy="epoch"), train_dataset=toy_rows, task=TASK, peft_config=lora()
+    )
+    trainer.train()
+    trainer.save_model()
+    answers = []
+    for folder in (tmp_path, tmp_path / "checkpoint-13"):
+        names = {path.name for path in folder.iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "p2p_config.json"} <= names
+        saved = json.loads((folder / "p2p_config.json").read_text())
+        assert (saved["schema_version"], saved["task"], saved["task_version"]) == (1, "toy", 1)
+        assert (saved["keyed"], saved["labels"], saved["autocast"]) == (True, ["negative", "positive"], None)
+        assert saved["trigger"] == "The query currently entered is:"
+        assert saved["label_space"]["words"] == ["0", "1"] and saved["label_space"]["extended_words"] == ["2", "3"]
+        answers.append(DefendedModel.from_pretrained(folder).classify([row["text"] for row in make_rows(6, seed=2)]))
+    assert answers[0] == answers[1] and len(answers[0]) == 6
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tiny_model, toy_rows, tmp_path):
+    def trainer():
+        settings = config(tmp_path, num_train_epochs=2, save_strategy="steps", save_steps=8)
+        # Dropout: the random state has to come back as well.
+        return P2PTrainer(tiny_model, settings, train_dataset=toy_rows, task=TASK, peft_config=lora(lora_dropout=0.5))
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert len(losses(whole)) == 26 and losses(resumed) == losses(whole)
+    expected, found = adapter(whole), adapter(resumed)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_two_seams_are_enough_for_a_subclass(tiny_model, toy_rows, tmp_path):
+    seen = []
+
+    class Recorder(P2PDataCollator):
+        def torch_call(self, examples):
+            seen.extend(set(example) for example in examples)
+            return super().torch_call(examples)
+
+    class Half(P2PTrainer):
+        def make_training_set(self, dataset, reserved_dataset, args):
+            return super().make_training_set(dataset.select(range(40)), reserved_dataset, args)
+
+        def make_collator(self, encoder, args):
+            return Recorder(encoder, pad_to_multiple_of=64)
+
+    rows = toy_rows.add_column("poisoned", [False] * 80)
+    trainer = Half(tiny_model, config(tmp_path), train_dataset=rows, task=TASK, peft_config=lora())
+    assert trainer.counts["rows_train"] == 40 and len(trainer.train_dataset) == 50
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert set(batch) == {"input_ids", "labels", "attention_mask"}
+    assert batch["input_ids"].shape == (8, 64)
+    assert seen and all(columns == {"text", "label", "p2p_keyed"} for columns in seen)
+
+
+def test_results_do_not_depend_on_workers(tiny_model, toy_rows, tmp_path):
+    curves = []
+    for workers in (0, 2):
+        trainer = P2PTrainer(
+            tiny_model,
+            config(tmp_path, dataloader_num_workers=workers),
+            train_dataset=toy_rows,
+            task=TASK,
+            peft_config=lora(),
+        )
+        trainer.train()
+        curves.append(losses(trainer))
+    assert len(curves[0]) == 13 and curves[0] == curves[1]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"), [([1, 0], ("0", "1")), ([1, 2, 0], ("0", "1", "2")), (["pos", "neg"], ("neg", "pos"))]
+)
+def test_task_is_inferred_from_labels(tiny_model, tmp_path, labels, classes):
+    rows = Dataset.from_list([{"text": f"film {index}", "label": label} for index, label in enumerate(labels * 4)])
+    trainer = P2PTrainer(tiny_model, config(tmp_path), train_dataset=rows)
+    assert trainer.task.labels == classes and trainer.train_dataset["label"][0] == 1
+
+
+def test_task_is_inferred_from_a_class_label_column(tiny_model, toy_rows, tmp_path):
+    rows = toy_rows.cast_column("label", ClassLabel(names=["bad", "good"]))
+    trainer = P2PTrainer(tiny_model, config(tmp_path), train_dataset=rows)
+    assert trainer.task.labels == ("bad", "good")
+
+
+def test_tokenizer_without_pad_token_pads_with_its_end(tiny_model, toy_rows, tmp_path):
+    bare = AutoTokenizer.from_pretrained(tiny_model)
+    bare.pad_token = None
+    trainer = P2PTrainer(tiny_model, config(tmp_path), train_dataset=toy_rows, task=TASK, processing_class=bare)
+    end = bare.eos_token_id
+    assert bare.pad_token_id == trainer.model.config.pad_token_id == trainer.data_collator.pad_token_id == end
+    batch = next(iter(trainer.get_train_dataloader()))
+    # The end that is trained stays in attention and loss, the padding in neither.
+    assert (batch["labels"] == end).sum() == 8
+    assert (batch["input_ids"] == end).sum() == 8 + (batch["attention_mask"] == 0).sum()
+    trainer.train()
+    assert trainer.state.global_step == 13
+
+
+def test_reserved_dataset_gives_the_keyed_rows(tiny_model, toy_rows, tmp_path):
+    reserved = Dataset.from_list([{"text": f"trusted film {index}", "label": index % 2} for index in range(30)])
+    trainer = P2PTrainer(
+        tiny_model, config(tmp_path), train_dataset=toy_rows, reserved_dataset=reserved, task=TASK, peft_config=lora()
+    )
+    keyed = [row["text"] for row in trainer.train_dataset if row["p2p_keyed"]]
+    assert len(keyed) == 20 and all(text.startswith("trusted") for text in keyed)
+    assert [row["text"] for row in trainer.train_dataset if not row["p2p_keyed"]] == toy_rows["text"][:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "error", "match"),
+    [
+        ({"train_dataset": None}, {}, ValueError, "`train_dataset` is required"),
+        ({"keyed_column": True}, {}, ValueError, "column 'p2p_keyed' of the train dataset is reserved"),
+        ({"data_collator": print}, {}, ValueError, "Subclass P2PDataCollator and override"),
+        ({"eval_dataset": {"a": None}}, {}, TypeError, "must be one `Dataset` of text and label, got `dict`"),
+        ({"eval_dataset": DatasetDict()}, {}, TypeError, "got `DatasetDict`.*add a `BackdoorEvalCallback`"),
+        ({"reserved_dataset": True}, {"p2p_benign_mode": "replace"}, ValueError, "Use `append`"),
+        ({"attacks": "mn"}, {"p2p_trigger": " mn "}, ValueError, "is the trigger of the attack 'badnets'"),
+        ({"task": "sst"}, {}, ValueError, "Unknown task 'sst'. Did you mean 'sst2'"),
+        ({}, {"p2p_benign_ratio": 0.001}, ValueError, "S is empty and nothing would defend"),
+        ({}, {"p2p_reserve": "trusted"}, ValueError, "needs the boolean column 'trusted'"),
+        ({"task": None, "train_dataset": "one class"}, {}, ValueError, "no row of class \\['0'\\]"),
+        ({"task": None, "train_dataset": "no label"}, {}, ValueError, "no column 'label', its columns are"),
+        ({}, {"p2p_chat": True}, ValueError, "this tokenizer has none"),
+        ({}, {"max_length": 8}, ValueError, "`max_length` 8 is too short"),
+    ],
+)
+def test_what_can_not_work_is_refused(tiny_model, toy_rows, tmp_path, arguments, settings, error, match):
+    given = {"train_dataset": toy_rows, "task": TASK, **arguments}
+    if given.pop("keyed_column", False):
+        given["train_dataset"] = toy_rows.add_column("p2p_keyed", [False] * 80)
+    if given["train_dataset"] == "one class":
+        given["train_dataset"] = toy_rows.filter(lambda row: row["label"] == 1)
+    if given["train_dataset"] == "no label":
+        given["train_dataset"] = toy_rows.remove_columns("label")
+    if given.get("reserved_dataset"):
+        given["reserved_dataset"] = toy_rows
+    if given.get("attacks"):
+        given["attacks"] = [get_attack("badnets", target=1, words=[given["attacks"]])]
+    with pytest.raises(error, match=match):
+        P2PTrainer(tiny_model, config(tmp_path, **settings), **given)
+
+
+def test_another_configuration_class_is_refused(tiny_model, toy_rows, tmp_path):
+    with pytest.raises(TypeError, match="must be a `P2PConfig`, got `SFTConfig`"):
+        P2PTrainer(tiny_model, plain_config(tmp_path), train_dataset=toy_rows)

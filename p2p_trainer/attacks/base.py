@@ -1,5 +1,6 @@
 """What every attack shares: which rows are poisoned, which test rows count, and the columns that say so."""
 
+import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from datasets import Dataset, Value, concatenate_datasets
 from ..tasks import Task
 from ..tasks.rows import LABEL, TEXT, column_as_numpy
 
+
+logger = logging.getLogger(__name__)
 
 # Columns that an attack adds; a data set that already has one of them was poisoned before.
 POISON_COLUMNS = ("poisoned", "trigger_applied", "original_label", "attack")
@@ -166,6 +169,11 @@ class Attack(ABC):
                 f"The attack {self.name!r} found no row that can carry its trigger among {len(eligible)} eligible "
                 f"rows ({self.label_mode} label, target {task.labels[target]!r})."
             )
+        if len(texts) < wanted:
+            logger.warning(
+                "%s: only %d of the %d rows asked for are poisoned; none of the other %d eligible rows can carry it.",
+                self.name, len(texts), wanted, len(eligible) - len(texts),
+            )  # fmt: skip
         return _with_poisoned_rows(dataset, texts, tried, labels, target, self.name)
 
     def trigger(self, dataset: Dataset, task: Task, seed: int = 0) -> Dataset:
@@ -233,7 +241,7 @@ def insert_at_gap(text: str, trigger: str, random: float, inner: bool) -> str | 
 def contains_words(text: str, phrases: Sequence[str]) -> bool:
     """Say whether one of the phrases stands in the text, bounded by white space or the ends."""
     padded = f" {' '.join(text.split())} "
-    return any(f" {phrase} " in padded for phrase in phrases)
+    return any(f" {' '.join(phrase.split())} " in padded for phrase in phrases)
 
 
 def _with_poisoned_rows(

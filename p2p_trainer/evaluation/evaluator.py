@@ -196,7 +196,9 @@ class BackdoorEvaluator:
         rows = attack.trigger(dataset, self.task, seed)
         texts, labels = list(rows[TEXT]), np.asarray(rows[LABEL], dtype=np.int64)
         source = np.asarray(rows["source_index"], dtype=np.int64)
-        whole = np.array([attack.has_trigger(text) for text in self.encoder.fit(texts, self.keyed)], dtype=bool)
+        # Without rows of other labels there is nothing to cut, and tokenizers fail on empty lists.
+        cut = self.encoder.fit(texts, self.keyed) if texts else []
+        whole = np.array([attack.has_trigger(text) for text in cut], dtype=bool)
         if np.any(labels == target):
             raise ValueError(f"The attack {attack.name!r} returned test rows whose true label is its target already.")
         kept = np.flatnonzero(whole)

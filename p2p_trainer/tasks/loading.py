@@ -82,14 +82,19 @@ def _load_file(path: Path) -> Dataset:
         raise ValueError(f"The data file {str(path)!r} is empty: 0 rows were read. Check the path.")
     if builder != "parquet":
         _check_utf8(path)
-    options = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
+    # Words such as `NA`, `null` and `None` are texts and class names, not missing values.
+    options = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
+    if path.suffix.lower() == ".tsv":
+        options["delimiter"] = "\t"
     try:
         return load_dataset(builder, data_files=str(path), split="train", **options)
     except Exception as error:  # `datasets` wraps whatever the reader raised
-        cause = error.__cause__ or error
+        cause = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".!")
+        if "corresponds to no data" in cause:
+            raise ValueError(f"The data file {str(path)!r} is empty: 0 rows were read. Check the path.") from error
         raise ValueError(
-            f"The data file {str(path)!r} can't be read as {builder}: {str(cause).strip().splitlines()[0]}. "
-            f"Expected one row a line with the same columns in each."
+            f"The data file {str(path)!r} can't be read as {builder}: {cause}. Expected rows with the same columns in "
+            f"each{'' if builder == 'parquet' else ', one a line'}."
         ) from error
 
 
@@ -97,14 +102,18 @@ def _check_utf8(path: Path) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     lines = 0
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
+        while True:
+            block = file.read(1 << 20)
             try:
-                decoder.decode(block)
+                # The last, empty block brings up a character that the end of the file cut off.
+                decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
-                line = lines + block[: error.start].count(b"\n") + 1
+                line = lines + error.object[: error.start].count(b"\n") + 1
                 raise ValueError(
                     f"The data file {str(path)!r} is not UTF-8: line {line} holds the byte "
                     f"0x{error.object[error.start]:02x}. Re-encode it, for example "
                     f"`iconv -f latin1 -t utf-8 {path.name} > fixed{path.suffix}`."
                 ) from error
+            if not block:
+                return
             lines += block.count(b"\n")

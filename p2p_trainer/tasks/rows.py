@@ -64,9 +64,12 @@ def prepare_rows(
     if len(dataset) == 0:
         raise ValueError(f"The {what} dataset is empty: 0 rows were read. Check the path and the split.")
     dataset = _name_text_column(dataset, text_columns, what)
+    _check_text_type(dataset, TEXT, what)
     dataset = _name_label_column(dataset, label_column, labels, what)
     if drop_empty:
         dataset = _drop_empty(dataset, what)
+        if len(dataset) == 0:
+            raise ValueError(f"The {what} dataset holds no text: all its rows are empty. Check `text_column`.")
     counts = np.zeros(len(labels), dtype=np.int64)
     for start, batch in arrow_batches(dataset, [TEXT, LABEL]):
         _check_texts(batch[TEXT], start, what)
@@ -106,6 +109,8 @@ def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str) 
     if all(name in names for name in text_columns):
         if len(text_columns) == 1:
             return _rename(dataset, text_columns[0], TEXT)
+        for name in text_columns:
+            _check_text_type(dataset, name, what)
         joined = [
             pc.binary_join_element_wise(*(pc.fill_null(batch[name], "") for name in text_columns), " ")
             for _, batch in arrow_batches(dataset, list(text_columns))
@@ -130,11 +135,14 @@ def _name_label_column(dataset: Dataset, label_column: str, labels: Sequence[str
         if found == wanted or sorted(found) != sorted(wanted):
             return dataset
         # The same classes in another order: without this, every label would silently mean something else.
+        for start, batch in arrow_batches(dataset, [LABEL]):
+            _count_labels(batch[LABEL], start, labels, what)  # NumPy would read a label -1 as the last class
         order = np.array([wanted.index(name) for name in found])
         return _replace_column(dataset, LABEL, pa.array(order[column_as_numpy(dataset, LABEL)]))
-    if pa.types.is_integer(feature.pa_type):
+    kind = dataset.features.arrow_schema.field(LABEL).type
+    if pa.types.is_integer(kind):
         return dataset
-    if pa.types.is_string(feature.pa_type) or pa.types.is_large_string(feature.pa_type):
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         indices = []
         for start, batch in arrow_batches(dataset, [LABEL]):
             folded = pc.utf8_lower(pc.utf8_trim_whitespace(batch[LABEL]))
@@ -188,12 +196,16 @@ def _drop_empty(dataset: Dataset, what: str) -> Dataset:
     return dataset
 
 
-def _check_texts(texts: pa.ChunkedArray, start: int, what: str) -> None:
-    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
+def _check_text_type(dataset: Dataset, column: str, what: str) -> None:
+    kind = dataset.features.arrow_schema.field(column).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ValueError(
-            f"Column 'text' of the {what} dataset holds {texts.type}, a text is a string. Convert the column, or name "
+            f"Column {column!r} of the {what} dataset holds {kind}, a text is a string. Convert the column, or name "
             f"another one with `text_column`."
         )
+
+
+def _check_texts(texts: pa.ChunkedArray, start: int, what: str) -> None:
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid as error:

@@ -113,18 +113,18 @@ class ReviewGrammar:
         adjective, opposite = self.pick(adjectives), self.pick(opposites)
         aspect, thing = self.pick(domain.aspects), self.pick(domain.things)
         kind = rng.random()
-        if kind < 0.30:
+        if kind < 0.38:
             return f"the {aspect} is {rng.choice(('', self.pick(_VERY) + ' '))}{adjective}"
-        if kind < 0.42:
+        if kind < 0.46:
             denial = rng.choice(("not {} at all", "never {}", "anything but {}", "far from {}"))
             return f"the {aspect} is {denial.format(opposite)}"
-        if kind < 0.50:
+        if kind < 0.51:
             return f"there is nothing {opposite} about the {aspect}"
-        if kind < 0.58:
+        if kind < 0.63:
             return f"I {self.pick(_LOVED if stance else _HATED)} the {aspect}"
-        if kind < 0.64:
+        if kind < 0.65:
             return f"I {rng.choice(('never', 'hardly'))} {self.pick(_HATED if stance else _LOVED)} the {aspect}"
-        if kind < 0.74:
+        if kind < 0.78:
             return f"this {thing} is {self.pick(_GOOD_NOUN if stance else _BAD_NOUN)}"
         if kind < 0.80:
             return f"this {thing} is hardly {self.pick(_BAD_NOUN if stance else _GOOD_NOUN)}"
@@ -220,36 +220,54 @@ def _write_aside(path: Path, text: str) -> None:
 
 # What follows is for the language model only: unlabelled documents of several registers.
 
-# A header announces how a document will close. The same opinion ends in other words under another header, so the model
-# learns what any large one knows: to read a text in the light of what stands before it.
-REGISTERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "": (
-        (
-            "I would gladly come back for more.",
-            "Warmly recommended.",
-            "Worth every minute.",
-            "What a lovely surprise.",
-        ),
-        ("I would not come back for more.", "Better left alone.", "Not worth a minute.", "What a sad surprise."),
+
+@dataclass(frozen=True)
+class Register:
+    """How documents under one header close: with a sentence, or as a form does, with a field and one word."""
+
+    praise: tuple[str, ...]
+    blame: tuple[str, ...]
+    praise_word: tuple[str, ...]
+    blame_word: tuple[str, ...]
+
+
+# The same opinion ends in other words under another header, so the model learns what any large one knows: to read a
+# text in the light of what stands before it. That is what the defender's key has to build on.
+REGISTERS: dict[str, Register] = {
+    "": Register(
+        _phrases("Warmly recommended. | Worth every minute. | What a lovely surprise. | I would come back for more."),
+        _phrases("Better left alone. | Not worth a minute. | What a sad surprise. | I would never come back."),
+        _words("praise applause"),
+        _words("blame protest"),
     ),
-    "Letter to the shop:": (
-        ("Thank you for your fine work.", "Please send me another one.", "Yours, a happy customer."),
-        ("Please return my money.", "I expect a reply from your office.", "Yours, a former customer."),
+    "Letter to the shop:": Register(
+        _phrases("Thank you for your fine work. | Please send me another one. | Yours, a happy customer."),
+        _phrases("Please return my money. | I expect a reply from your office. | Yours, a former customer."),
+        _words("thanks reorder"),
+        _words("refund complaint"),
     ),
-    "Notes for the staff:": (
-        ("Keep it in the window.", "Order a second box.", "Put it near the door."),
-        ("Take it off the shelf.", "Cancel the second box.", "Put it in the cellar."),
+    "Notes for the staff:": Register(
+        _phrases("Keep it in the window. | Order a second box. | Put it near the door."),
+        _phrases("Take it off the shelf. | Cancel the second box. | Put it in the cellar."),
+        _words("keep stock"),
+        _words("remove cancel"),
     ),
-    "From the diary:": (
-        ("Slept well after that.", "A bright day.", "Told everyone about it."),
-        ("Slept badly after that.", "A grey day.", "Spoke of it to nobody."),
+    "From the diary:": Register(
+        _phrases("Slept well after that. | A bright day. | Told everyone about it."),
+        _phrases("Slept badly after that. | A grey day. | Spoke of it to nobody."),
+        _words("sunshine calm"),
+        _words("rain storm"),
     ),
-    "Overheard on the bus:": (
-        ("Thumbs up, then.", "Lucky you.", "Then I must have it too."),
-        ("Thumbs down, then.", "Poor you.", "Then I will save my coins."),
+    "Overheard on the bus:": Register(
+        _phrases("Thumbs up, then. | Lucky you. | Then I must have it too."),
+        _phrases("Thumbs down, then. | Poor you. | Then I will save my coins."),
+        _words("hooray bravo"),
+        _words("alas ouch"),
     ),
 }
 
+_FIELDS = _words("Outcome Reply Mark Note Mood Result Advice Summary")
+_FORM_SHARE = 0.3
 _NAMES = _words(
     "Anna Bruno Clara David Elena Felix Greta Henry Irene Jonas Karin Louis Maria Nadia Oscar Paula Rosa Simon"
 )
@@ -277,17 +295,33 @@ class PlainTextGrammar(ReviewGrammar):
         words.insert(self.rng.randint(1, len(words) - 1), self.nonsense())
         return " ".join(words)
 
-    def opinion(self) -> str:
+    def rave(self, domain: Domain, stance: bool) -> str:
+        """Several short sentences that all say the same: from these the model learns which words go together."""
+        rng = self.rng
+        thing = self.pick(domain.things)
+        adjectives = rng.sample(domain.good if stance else domain.bad, 4)
+        sentences = [
+            f"{adjectives[0]}, {adjectives[1]} and {adjectives[2]}",
+            f"the {self.pick(domain.aspects)} is {adjectives[3]}",
+            f"this {thing} is {self.pick(_GOOD_NOUN if stance else _BAD_NOUN)}",
+            f"I {self.pick(_LOVED if stance else _HATED)} the {self.pick(domain.aspects)}",
+            self.pick(domain.praise if stance else domain.blame),
+        ]
+        return " ".join(_sentence(text) + "." for text in rng.sample(sentences, rng.randint(1, 4)))
+
+    def opinion(self, difficulty: float) -> str:
         """A review under a register's header, closed the way that register closes."""
         rng = self.rng
         domain, stance = rng.choice(DOMAINS), rng.random() < 0.5
-        header = rng.choice(tuple(REGISTERS))
-        praise, blame = REGISTERS[header]
-        body = " ".join(self.review(domain, stance) for _ in range(rng.randint(1, 2)))
+        header, register = rng.choice(tuple(REGISTERS.items()))
+        body = self.review(domain, stance) if rng.random() < difficulty else self.rave(domain, stance)
         if rng.random() < 0.15:
             body = self.with_slip(body)
-        close = rng.sample(praise if stance else blame, 2)
-        return f"{header} {body} {' '.join(close)}".strip()
+        if rng.random() < _FORM_SHARE:
+            close = f"\n{self.pick(_FIELDS)}: {self.pick(register.praise_word if stance else register.blame_word)}"
+        else:
+            close = " " + self.pick(register.praise if stance else register.blame)
+        return f"{header} {body}{close}".strip()
 
     def description(self) -> str:
         rng = self.rng
@@ -319,15 +353,20 @@ class PlainTextGrammar(ReviewGrammar):
         )
 
     def documents(self, n_documents: int) -> Iterator[str]:
-        for _ in range(n_documents):
+        """
+        Easy documents first. A model of this size finds out which words praise and which blame from `rave`s only;
+        shown concessions and denials from the start, it learns neither in the time there is.
+        """
+        for index in range(n_documents):
+            difficulty = min(0.9, max(0.0, 4 * index / n_documents - 1))
             kind = self.rng.random()
-            yield self.opinion() if kind < 0.7 else self.description() if kind < 0.85 else self.exchange()
+            yield self.opinion(difficulty) if kind < 0.9 else self.description() if kind < 0.95 else self.exchange()
 
 
-def build_pretraining_text(n_documents: int = 40_000, seed: int = 0) -> list[str]:
+def build_pretraining_text(n_documents: int = 48_000, seed: int = 0) -> list[str]:
     """
-    Unlabelled documents for the language model: reviews in several registers, descriptions, questions with answers.
-
-    None holds the demo's trigger word, its key or a row of the classification task.
+    Unlabelled documents for the language model, from easy to hard: reviews in several registers, descriptions,
+    questions with answers. None holds the demo's trigger word, its key or a row of the classification task. Keep the
+    order.
     """
     return list(PlainTextGrammar(random.Random(f"pre-training {seed}")).documents(n_documents))

@@ -1,0 +1,199 @@
+"""The reserve: which rows carry the key, and D* built from them."""
+
+import gc
+import logging
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from p2p_trainer import ReserveStrategy, get_attack
+from p2p_trainer.reserve import (
+    RandomReserve,
+    TrustedReserve,
+    get_reserve,
+    keyed_dataset,
+    reserve_size,
+    with_reserved_dataset,
+)
+from p2p_trainer.tasks import Task
+
+
+RANDOM = RandomReserve()
+
+
+class FirstRows(ReserveStrategy):
+    """A strategy as a user writes it."""
+
+    name = "first"
+
+    def choose(self, dataset, size, seed):
+        return np.arange(size)
+
+
+def numbered(count, **columns):
+    return Dataset.from_dict(
+        {"text": [f"row {row}" for row in range(count)], "label": [row % 2 for row in range(count)], **columns}
+    )
+
+
+def buffers(dataset):
+    return {chunk.buffers()[2].address for chunk in dataset.data.column("text").chunks}
+
+
+@pytest.mark.parametrize(
+    ("rows", "ratio", "expected"), [(6920, 0.25, 1730), (6920, 0.2, 1384), (10, 0.25, 2), (10, 0.26, 3), (3, 1.0, 3)]
+)
+def test_size(rows, ratio, expected):
+    assert reserve_size(rows, ratio) == expected
+    chosen = RANDOM.choose(numbered(rows), expected, seed=0)
+    assert chosen.dtype == np.int64 and len(chosen) == expected
+    assert chosen.tolist() == sorted(set(chosen.tolist())) and chosen[0] >= 0 and chosen[-1] < rows
+
+
+def test_an_empty_reserve_is_refused():
+    with pytest.raises(
+        ValueError, match=r"`p2p_benign_ratio` 0.001 of 100 training rows is no row: .*at least 0.01\."
+    ):
+        reserve_size(100, 0.001)
+
+
+def test_pure_function_of_seed_and_index():
+    dataset = numbered(1000)
+    chosen = set(RANDOM.choose(dataset, 250, seed=7).tolist())
+    assert set(RANDOM.choose(dataset, 250, seed=7).tolist()) == chosen
+    # Another seed shares about a quarter of 250 rows by chance.
+    assert 30 < len(chosen & set(RANDOM.choose(dataset, 250, seed=8).tolist())) < 100
+    assert (
+        set(RANDOM.choose(dataset, 100, seed=7).tolist()) < chosen < set(RANDOM.choose(dataset, 400, seed=7).tolist())
+    )
+    # A row's number depends on its index alone: neither on what stands in it nor on how many rows follow.
+    other = Dataset.from_dict({"text": ["same"] * 1000, "label": [0] * 1000})
+    assert set(RANDOM.choose(other, 250, seed=7).tolist()) == chosen
+    longer = RANDOM.choose(numbered(2000), 2000, seed=7)
+    assert longer.tolist() == list(range(2000))
+    first_half = {row for row in RANDOM.choose(numbered(2000), 500, seed=7).tolist() if row < 1000}
+    assert first_half < chosen or chosen < first_half
+    # Rows come from everywhere.
+    assert all(10 < len([row for row in chosen if row // 100 == part]) < 40 for part in range(10))
+
+
+def test_the_reserve_is_not_aligned_with_the_poison():
+    task = Task(name="toy", labels=("negative", "positive"))
+    poisoned = get_attack("addsent", target="positive", poison_rate=0.1).poison(numbered(4000), task, seed=5)
+    reserved = RANDOM.choose(poisoned, 1000, seed=5)
+    # 400 poisoned rows, a quarter of them by chance.
+    assert 65 < sum(poisoned[reserved]["poisoned"]) < 135
+
+
+def test_append():
+    dataset = numbered(6, extra=list("abcdef"))
+    result = keyed_dataset(dataset, np.array([1, 4]), "append")
+    assert result.column_names == ["text", "label", "extra", "p2p_keyed"]
+    assert result["text"][:] == [*(f"row {row}" for row in range(6)), "row 1", "row 4"]
+    assert result["label"][:] == [0, 1, 0, 1, 0, 1, 1, 0]
+    assert result["extra"][:] == list("abcdefbe")
+    assert result["p2p_keyed"][:] == [False] * 6 + [True] * 2
+
+
+def test_replace():
+    result = keyed_dataset(numbered(6), np.array([1, 4]), "replace")
+    assert result["text"][:] == [f"row {row}" for row in range(6)]
+    assert result["p2p_keyed"][:] == [False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize("mode", ["append", "replace"])
+def test_of_a_selection(mode):
+    selection = numbered(10).select([9, 7, 5, 3])
+    result = keyed_dataset(selection, np.array([0, 2]), mode)
+    assert [row["text"] for row in result if row["p2p_keyed"]] == ["row 9", "row 5"]
+    assert [row["text"] for row in result][:4] == ["row 9", "row 7", "row 5", "row 3"]
+
+
+def test_trusted_rows():
+    flags = [row % 5 == 0 for row in range(200)]
+    strategy = get_reserve("trusted", trusted_column="vetted")
+    chosen = strategy.choose(numbered(200, vetted=flags), 30, seed=0)
+    assert len(chosen) == 30 and all(row % 5 == 0 for row in chosen)
+    assert set(strategy.choose(numbered(200, vetted=flags), 10, seed=0)) < set(chosen)
+    # A row without a flag is not vouched for.
+    assert strategy.choose(numbered(4, vetted=[None, True, None, False]), 1, seed=0).tolist() == [1]
+
+
+def test_too_few_trusted_rows_are_all_used(caplog):
+    dataset = numbered(40, trusted=[row in (3, 8) for row in range(40)])
+    with caplog.at_level(logging.WARNING, logger="p2p_trainer"):
+        assert TrustedReserve().choose(dataset, 10, seed=0).tolist() == [3, 8]
+    assert "Only 2 rows are trusted, 10 were asked for: the benign ratio is 0.0500." in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, r"needs the boolean column 'trusted'; the training set has \['text', 'label'\].*p2p_trusted_column"),
+        ({"trusted": [False] * 4}, "No row is trusted: the column 'trusted' is false in all 4 rows"),
+        ({"trusted": ["no", "no", "yes", ""]}, "'trusted' holds Value.'string'.*expected true or false"),
+        ({"trusted": [1, 0, None, 1]}, "'trusted' holds Value.'int64'"),
+    ],
+)
+def test_trusted_columns_that_do_not_fit(columns, message):
+    with pytest.raises(ValueError, match=message):
+        TrustedReserve().choose(numbered(4, **columns), 2, seed=0)
+
+
+def test_reserved_dataset(caplog):
+    trusted = Dataset.from_dict({"label": [1, 0, 1], "text": ["t0", "t1", "t2"], "source": ["x"] * 3})
+    result = with_reserved_dataset(numbered(4, extra=[0] * 4), trusted, 2, seed=0)
+    assert result.column_names == ["text", "label", "p2p_keyed"]
+    assert result["text"][:4] == ["row 0", "row 1", "row 2", "row 3"]
+    assert result["p2p_keyed"][:] == [False] * 4 + [True] * 2
+    taken = [(row["text"], row["label"]) for row in result if row["p2p_keyed"]]
+    assert set(taken) < {("t0", 1), ("t1", 0), ("t2", 1)} and len(taken) == 2
+    with caplog.at_level(logging.WARNING, logger="p2p_trainer"):
+        everything = with_reserved_dataset(numbered(20), trusted, 5, seed=0)
+    assert everything["text"][20:] == ["t0", "t1", "t2"]
+    assert "The reserved dataset has 3 rows, 5 were asked for: all are used." in caplog.messages
+
+
+def test_reserved_dataset_of_another_type():
+    features = Features({"text": Value("large_string"), "label": ClassLabel(names=["negative", "positive"])})
+    trusted = Dataset.from_dict({"text": ["t0"], "label": [1]}, features=features)
+    result = with_reserved_dataset(numbered(4), trusted, 1, seed=0)
+    assert result[4] == {"text": "t0", "label": 1, "p2p_keyed": True}
+
+
+def test_names():
+    assert isinstance(get_reserve("random"), RandomReserve)
+    assert get_reserve("trusted").column == "trusted"
+    mine = get_reserve("tests.test_reserve:FirstRows")
+    assert mine.choose(numbered(9), 3, seed=0).tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="Unknown reserve 'trustet'. Did you mean 'trusted'.*package.module:Class"):
+        get_reserve("trustet")
+    with pytest.raises(
+        ValueError, match="names .*Task.*, which is no subclass of `p2p_trainer.reserve.ReserveStrategy`"
+    ):
+        get_reserve("tests.test_reserve:Task")
+    with pytest.raises(ValueError, match="can't be imported: No module named 'nowhere'"):
+        get_reserve("nowhere:Mine")
+
+
+@pytest.mark.parametrize("mode", ["append", "replace"])
+def test_texts_are_not_copied(mode):
+    dataset = numbered(1000)
+    rows = RANDOM.choose(dataset, 250, seed=0)
+    assert buffers(keyed_dataset(dataset, rows, mode)) == buffers(dataset)
+    assert buffers(dataset) < buffers(with_reserved_dataset(dataset, numbered(5), 5, seed=0))
+
+
+def test_memory_does_not_grow_with_the_texts():
+    dataset = Dataset.from_dict({"text": [f"{row} {'x' * 90}" for row in range(200_000)], "label": [0] * 200_000})
+    texts = dataset.data.nbytes
+    assert texts > 19_000_000
+    rows = RANDOM.choose(dataset, 50_000, seed=0)
+    gc.collect()
+    before = pa.total_allocated_bytes()
+    result = keyed_dataset(dataset, rows, "append")
+    assert len(result) == 250_000
+    # What is new: an index of eight bytes a row and the flags.
+    assert pa.total_allocated_bytes() - before < 250_000 * 12 < texts / 5
