@@ -86,13 +86,15 @@ def _evaluate(argv: list[str]) -> int:
     from .attacks import get_attack
     from .evaluation import BackdoorEvaluator
     from .inference import DefendedModel
-    from .prompt_format import read_p2p_config
+    from .prompt_format import CONFIG_NAME, read_p2p_config
     from .report import metrics_table
-    from .results import RESULTS_NAME, RunResults
+    from .results import RESULTS_NAME, RunResults, without_nan
     from .tasks import Task, get_task
 
     folder = Path(arguments.folder)
     config = read_p2p_config(folder)
+    if missing := {"task", "labels"} - set(config):
+        raise ValueError(f"{folder / CONFIG_NAME} lacks {sorted(missing)}. Save the model again.")
     task = get_task(arguments.task) if arguments.task else Task(name=config["task"], labels=tuple(config["labels"]))
     rows = task.load("test", arguments.data)
     if rows is None:
@@ -117,7 +119,8 @@ def _evaluate(argv: list[str]) -> int:
     with model.autocast():
         report = evaluator.evaluate(model.model)
     if arguments.json:
-        sys.stdout.write(json.dumps({"metrics": report.metrics, "counts": report.counts}, indent=2) + "\n")
+        found = without_nan({"metrics": report.metrics, "counts": report.counts})
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
         Console().print(metrics_table(report.metrics, title=f"{arguments.folder} on {arguments.data}"))
     return 0
@@ -132,7 +135,6 @@ def _predict(argv: list[str]) -> int:
 
     from .inference import DefendedModel
 
-    model = DefendedModel.from_pretrained(arguments.folder, device=arguments.device, base_model=arguments.base_model)
     texts = list(arguments.text or [])
     if arguments.file is not None:
         texts += _lines(Path(arguments.file).read_bytes(), arguments.file)
@@ -140,6 +142,7 @@ def _predict(argv: list[str]) -> int:
         texts = _lines(sys.stdin.buffer.read(), "standard input")
     if not texts:
         raise ValueError("There is no text to classify. Give --text, --file, or lines on standard input.")
+    model = DefendedModel.from_pretrained(arguments.folder, device=arguments.device, base_model=arguments.base_model)
     for text, answer in zip(texts, model.classify(texts, arguments.batch_size), strict=True):
         if arguments.json:
             sys.stdout.write(json.dumps({"text": text, **asdict(answer)}, ensure_ascii=False) + "\n")

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .assembly import count_overlong, load_tokenizer, make_encoder
-from .recipe import load_data, parse
+from .recipe import load_data, model_location, parse
 from .reserve import flagged, reserve_size
 from .results import installed_versions
 
@@ -83,7 +83,7 @@ def _plan(argv: Sequence[str], console: Console) -> int:
 
     def words() -> str:
         data = found["data"]
-        tokenizer = load_tokenizer(model_args.model_name_or_path, args)
+        tokenizer = load_tokenizer(model_location(model_args.model_name_or_path), args)
         encoder = found["encoder"] = make_encoder(data.task, args, tokenizer, [data.attack] if data.attack else [])
         space = encoder.format.label_space
         return f"{' '.join(space.words)} | extended {' '.join(space.extended_words)}\n{space.reason}"

@@ -231,7 +231,14 @@ class PromptEncoder:
     def _audit(self, keyed: bool, words: Sequence[str]) -> Answers:
         _, tail, terminator = self._skeletons[keyed]
         suffix = self.format.keyed_suffix if keyed else self.format.suffix
-        return audit(words, lambda text: self._tokenize([text])[0], self.render(_MARK, keyed), terminator, suffix)
+        answers = audit(words, lambda text: self._tokenize([text])[0], self.render(_MARK, keyed), terminator, suffix)
+        for word, ids in zip(words, answers.scored, strict=True):
+            if self.tokenizer.unk_token_id in ids:
+                raise ValueError(
+                    f"The tokenizer does not know the label word {word!r} after {suffix!r}: it becomes "
+                    f"{self.tokenizer.unk_token!r}. Choose other label words."
+                )
+        return answers
 
     def _spare_tokens(self, keyed: bool) -> list[int]:
         """Count by how many tokens each answer is shorter than the longest, the suffix's merged tokens included."""

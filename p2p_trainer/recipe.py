@@ -110,9 +110,9 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
     task = get_task(script_args.task)
     changes: dict[str, Any] = {}
     if script_args.text_column is not None:
-        changes["text_columns"] = (script_args.text_column,)
+        changes |= {"text_columns": (script_args.text_column,), "strict_columns": True}
     if script_args.label_column is not None:
-        changes["label_column"] = script_args.label_column
+        changes |= {"label_column": script_args.label_column, "strict_columns": True}
     if script_args.dataset_config is not None:
         changes["dataset_config"] = script_args.dataset_config
     task = task.replace(**changes)
@@ -188,7 +188,7 @@ def prepare(script_args: P2PScriptArguments, training_args: P2PConfig, model_arg
         [`PreparedRun`]: what [`train`] takes.
     """
     started = time.monotonic()
-    model_name = _absolute_if_local(model_args.model_name_or_path)
+    model_name = model_location(model_args.model_name_or_path)
     settings = _settings(script_args, training_args, model_args)
     checkpoint = _claim_output_folder(training_args, settings)
     data = load_data(script_args, evaluate=training_args.eval_strategy != "no")
@@ -274,7 +274,17 @@ def _with_oracle(train: Dataset, args: P2PConfig) -> Dataset:
     return train.add_column(args.p2p_trusted_column, ~column_as_numpy(train, "poisoned"))
 
 
-def _absolute_if_local(model: str | None) -> str:
+def model_location(model: str | None) -> str:
+    """
+    Check that a model is named.
+
+    Args:
+        model (`str` or `None`):
+            Hub id or local folder.
+
+    Returns:
+        `str`: hub id, or absolute path of a local folder.
+    """
     if not model:
         raise ValueError("No model is named. Give one with `--model_name_or_path` (hub id or local folder).")
     # The adapter remembers this name; a relative one would only work from here.

@@ -55,7 +55,7 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
                 name, percent(metrics, name), "-" if math.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"
             )
         elif not name.endswith(("_k", "_n", "_ci_low", "_ci_high")):
-            table.add_row(name, f"{100 * value:+.1f}", "")
+            table.add_row(name, "-" if math.isnan(value) else f"{100 * value:+.1f}", "")
     return table
 
 

@@ -76,7 +76,7 @@ class RunResults:
         Returns:
             `Path`: the file.
         """
-        return write_json(Path(folder) / RESULTS_NAME, _without_nan(asdict(self)))
+        return write_json(Path(folder) / RESULTS_NAME, without_nan(asdict(self)))
 
     @classmethod
     def load(cls, folder: str | Path) -> "RunResults":
@@ -122,10 +122,19 @@ def installed_versions() -> dict[str, str]:
     return found
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN; a rate out of no rows is null."""
+def without_nan(value: Any) -> Any:
+    """
+    Make a value fit for JSON, which has no NaN: a rate out of no rows is null.
+
+    Args:
+        value (`Any`):
+            Dictionaries, lists and numbers.
+
+    Returns:
+        `Any`: the same with `None` for every NaN and infinity.
+    """
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

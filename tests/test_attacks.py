@@ -92,6 +92,11 @@ def test_pure_function_of_rows_and_seed():
     # Neither other columns, nor texts of other rows, nor the storage matter.
     changed = dataset().map(lambda row: {"text": row["text"] if row["label"] == 0 else "x y", "extra": 1})
     assert where(attack.poison(changed, TASK, seed=3)) == where(first)
+    taken = where(first)[:5]
+    others = dataset().map(lambda row: {"label": 1 if row["id"] in taken else row["label"]})
+    replaced = attack.poison(others, TASK, seed=3)
+    assert set(where(replaced)) > set(where(first)) - set(taken) and len(where(replaced)) == 50
+    assert all(replaced[row]["text"] == first["text"][row] for row in where(first)[5:])
     selection = dataset(600).select(range(500))
     assert attack.poison(selection, TASK, seed=3).to_dict() == first
     # The two attacks try the rows in the same order, and train and test triggers fall in different places.

@@ -1,12 +1,13 @@
 """PromptEncoder: joint tokenization is the truth, in training, evaluation and serving, for every kind of tokenizer."""
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from p2p_trainer import LabelSpace, PromptEncoder, PromptFormat
 from p2p_trainer.prompt_format import CONFIG_NAME, read_p2p_config
 from p2p_trainer.tasks import get_task
+from tests.conftest import make_tokenizer
 from tests.tokenizer_kinds import KINDS, tokenizer_named
 
 
@@ -106,7 +107,7 @@ def test_all_rows_of_a_batch_come_out_as_alone(tokenizer):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("text", ["good film and plot " * 60, "  坏 😀 " * 90, ".-" * 350, "a 1 b\t\n 22 " * 90])
 def test_long_texts_lose_only_their_end(name, text):
-    encoder = make(name, LabelSpace(("0", "1"), ("22", "good film")), max_length=150)
+    encoder = make(name, LabelSpace(("0", "1"), ("film", "good film")), max_length=150)
     for keyed in (False, True):
         [kept] = encoder.fit([text], keyed)
         assert 0 < len(kept) < len(text) and text.strip().startswith(kept)
@@ -167,6 +168,15 @@ def test_text_never_becomes_a_control_token(name):
             for text in [*TEXTS, *(f"{t}{t} {t[0]}{t}{t[1:]}" for t in map(tokenizer.decode, sorted(control)))]:
                 [ids], _ = encoder.encode_rows([text], [label], [keyed])
                 assert [id for id in ids if id in control] == expected, text
+
+
+def test_control_tokens_without_a_name_are_text_too():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<|fim|>", special=True)], special_tokens=True)
+    fim = tokenizer.convert_tokens_to_ids("<|fim|>")
+    assert fim in tokenizer("a<|fim|>b")["input_ids"]
+    [ids], _ = PromptEncoder(PromptFormat(DIGITS), tokenizer).encode_rows(["a<|fim|>b"], [0], [True])
+    assert fim not in ids
 
 
 def test_beginning_and_end_of_sequence_stand_once():
@@ -255,3 +265,8 @@ def test_real_rows_with_a_real_tokenizer(real_data):
         assert [row[-2:] for row in all_labels] == [tokenizer(words[y] + "<|endoftext|>")["input_ids"] for y in labels]
         assert all(set(row[:-2]) == {-100} for row in all_labels)
         assert encoder.encode_prompts(texts, keyed) == [ids[:-2] for ids in all_ids]
+
+
+def test_a_label_word_that_the_tokenizer_does_not_know():
+    with pytest.raises(ValueError, match=r"does not know the label word '坏' after 'Output: ': it becomes '\[UNK\]'"):
+        make("bert", LabelSpace(("0", "1"), ("2", "坏")))

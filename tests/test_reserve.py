@@ -117,6 +117,10 @@ def test_trusted_rows():
     chosen = strategy.choose(numbered(200, vetted=flags), 30, seed=0)
     assert len(chosen) == 30 and all(row % 5 == 0 for row in chosen)
     assert set(strategy.choose(numbered(200, vetted=flags), 10, seed=0)) < set(chosen)
+    # One more trusted row may take a place, and changes nothing for the others.
+    flags[1] = True
+    more = set(strategy.choose(numbered(200, vetted=flags), 30, seed=0))
+    assert more - {1} <= set(chosen) and len(more) == 30
     # A row without a flag is not vouched for.
     assert strategy.choose(numbered(4, vetted=[None, True, None, False]), 1, seed=0).tolist() == [1]
 

@@ -78,7 +78,7 @@ def test_several_text_columns_are_joined():
     joined = task.prepare(Dataset.from_dict({"body": ["b", None], "label": [0, 1], "title": ["a", "c"]}))
     assert joined["text"][:] == ["a b", "c "]
     assert sorted(joined.column_names) == ["label", "text"]
-    with pytest.raises(ValueError, match="Column 'title' of the dataset dataset holds int64, a text is a string"):
+    with pytest.raises(ValueError, match="Column 'title' of the input dataset holds int64, a text is a string"):
         task.prepare(Dataset.from_dict({"body": ["b"], "label": [0], "title": [3]}))
     with pytest.raises(ValueError, match="row 1 .* is empty"):
         task.prepare(Dataset.from_dict({"body": ["b", " "], "label": [0, 1], "title": ["a", ""]}))
@@ -172,7 +172,7 @@ def test_empty_rows_are_dropped_only_when_asked_and_counted(caplog):
         ("a.csv", b"text,label\n", "is empty: 0 rows were read"),
         ("a.json", b"[]", "is empty: 0 rows were read"),
         ("a.csv", b"text,label\ngood,1\nb\xe9b\xe9,0\n", r"not UTF-8: line 3 holds the byte 0xe9\. .*iconv"),
-        ("a.jsonl", b'{"text": "a", "label": 0}\n' * 60_000 + b"\xff", r"not UTF-8: line 60001 holds the byte 0xff"),
+        ("a.jsonl", b'{"text": "a", "label": 0}\n' * 100_000 + b"\xff", r"not UTF-8: line 100001 holds the byte 0xff"),
         ("a.csv", b"label,text\n0,a\n1,b\xc3", "not UTF-8: line 3 holds the byte 0xc3"),
         ("a.jsonl", b'{"text": "a", "label": 0}\n{"text": ', "can't be read as json: .*row 1"),
         ("a.csv", b"text,label\na,0\nb,1,7,8\n", "can't be read as csv: .*Expected 2 fields in line 3, saw 4"),
@@ -265,3 +265,13 @@ def test_real_data(real_data, caplog):
     for name, split, size, classes in [("agnews", "test", 7600, 4), ("yahoo_answers", "train", 960, 10)]:
         assert set(get_task(name).load(split, str(folder / name))["label"]) == set(range(classes))
         assert len(get_task(name).load(split, str(folder / name))) == size
+
+
+def test_named_columns_can_be_made_strict():
+    other = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1], "review": ["c", "d"]})
+    lenient = SST2.replace(text_columns=("revew",))
+    assert lenient.prepare(other)["text"][:] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"has no text column \['revew'\]; its columns are"):
+        lenient.replace(strict_columns=True).prepare(other)
+    with pytest.raises(ValueError, match=r"has no label column \['sentiment'\]"):
+        SST2.replace(label_column="sentiment", strict_columns=True).prepare(other)

@@ -1,8 +1,10 @@
 """Short runs of the tiny model, for the tests that need one."""
 
+import json
 from pathlib import Path
 
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from trl import SFTConfig
@@ -58,3 +60,32 @@ def saved_run(model: str, folder: Path, full: bool = False, **changes) -> P2PTra
     trainer.train()
     trainer.save_model()
     return trainer
+
+
+def recipe(model: str, folder: Path, **changes) -> Path:
+    """Write toy data and a small recipe; return its YAML file. The run goes to `folder/out`."""
+    data = folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    for name, count, seed in (("train", 80, 0), ("validation", 20, 1), ("test", 30, 2)):
+        lines = [json.dumps(row) + "\n" for row in make_rows(count, seed)]
+        (data / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    settings = {
+        **SETTINGS,
+        "model_name_or_path": model,
+        "dataset_name": str(data),
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "attack": "badnets",
+        "attack_target": "positive",
+        "poison_rate": 0.1,
+        "output_dir": str(folder / "out"),
+        "num_train_epochs": 2,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "use_cpu": True,
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path

@@ -23,9 +23,10 @@ def prepare_rows(
     labels: Sequence[str],
     text_columns: Sequence[str] = (TEXT,),
     label_column: str = LABEL,
-    what: str = "dataset",
+    what: str = "input",
     require_all_classes: bool = False,
     drop_empty: bool = False,
+    strict_columns: bool = False,
 ) -> Dataset:
     """
     Give a dataset the columns `text` (str) and `label` (int), and check every row.
@@ -42,12 +43,14 @@ def prepare_rows(
             Columns that hold the text; several are joined with one space.
         label_column (`str`, *optional*, defaults to `"label"`):
             Column that holds the label, as an index or as a class name.
-        what (`str`, *optional*, defaults to `"dataset"`):
+        what (`str`, *optional*, defaults to `"input"`):
             What the rows are, for the messages: `"train"`, say.
         require_all_classes (`bool`, *optional*, defaults to `False`):
             Whether a class without a row is an error.
         drop_empty (`bool`, *optional*, defaults to `False`):
             Whether rows with an empty text are left out, which is logged with their number, rather than an error.
+        strict_columns (`bool`, *optional*, defaults to `False`):
+            Whether columns named `text` and `label` may not stand in for the named ones.
 
     Returns:
         `Dataset`: the rows, with `text` and integer `label`.
@@ -63,6 +66,8 @@ def prepare_rows(
         )
     if len(dataset) == 0:
         raise ValueError(f"The {what} dataset is empty: 0 rows were read. Check the path and the split.")
+    if strict_columns:
+        _check_columns(dataset, text_columns, label_column, what)
     dataset = _name_text_column(dataset, text_columns, what)
     _check_text_type(dataset, TEXT, what)
     dataset = _name_label_column(dataset, label_column, labels, what)
@@ -102,6 +107,14 @@ def _missing_column_error(what: str, role: str, wanted: Sequence[str], found: Se
         f"The {what} dataset has no {role} column {list(wanted)}; its columns are {list(found)}. Rename the column to "
         f"'{role}', or name yours with `{option}` in the recipe (`--{option} NAME`) or in the task's YAML."
     )
+
+
+def _check_columns(dataset: Dataset, text_columns: Sequence[str], label_column: str, what: str) -> None:
+    names = dataset.column_names
+    if any(name not in names for name in text_columns):
+        raise _missing_column_error(what, TEXT, text_columns, names)
+    if label_column not in names:
+        raise _missing_column_error(what, LABEL, [label_column], names)
 
 
 def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str) -> Dataset:

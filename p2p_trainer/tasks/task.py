@@ -39,6 +39,9 @@ class Task:
             Columns that hold the text; several are joined with one space.
         label_column (`str`, *optional*, defaults to `"label"`):
             Column that holds the label.
+        strict_columns (`bool`, *optional*, defaults to `False`):
+            Whether rows must have just these columns. By default, columns named `text` and `label` do as well, since
+            local copies of hub data often have them.
         template (`str`, *optional*, defaults to `"{text}\\n{suffix}"`):
             Prompt. `{text}` is the input and `{suffix}`, at its end, the answer cue.
         trigger (`str`, *optional*, defaults to `"The query currently entered is:"`):
@@ -57,6 +60,7 @@ class Task:
     splits: dict[str, str] = field(default_factory=lambda: {split: split for split in _SPLITS})
     text_columns: tuple[str, ...] = ("text",)
     label_column: str = "label"
+    strict_columns: bool = False
     template: str = "{text}\n{suffix}"
     trigger: str = "The query currently entered is:"
     label_words: tuple[str, ...] | None = None
@@ -146,7 +150,7 @@ class Task:
         )
 
     def prepare(
-        self, dataset: Dataset, what: str = "dataset", require_all_classes: bool = False, drop_empty: bool = False
+        self, dataset: Dataset, what: str = "input", require_all_classes: bool = False, drop_empty: bool = False
     ) -> Dataset:
         """
         Check rows and give them the columns `text` and integer `label` (see [`~tasks.rows.prepare_rows`]).
@@ -154,7 +158,7 @@ class Task:
         Args:
             dataset (`Dataset`):
                 Rows as they came.
-            what (`str`, *optional*, defaults to `"dataset"`):
+            what (`str`, *optional*, defaults to `"input"`):
                 What they are, for the messages.
             require_all_classes (`bool`, *optional*, defaults to `False`):
                 Whether a class without a row is an error.
@@ -165,7 +169,14 @@ class Task:
             `Dataset`: the rows.
         """
         return prepare_rows(
-            dataset, self.labels, self.text_columns, self.label_column, what, require_all_classes, drop_empty
+            dataset,
+            self.labels,
+            self.text_columns,
+            self.label_column,
+            what,
+            require_all_classes,
+            drop_empty,
+            self.strict_columns,
         )
 
     def load(self, split: str, source: str | None = None, drop_empty: bool = False) -> Dataset | None:
