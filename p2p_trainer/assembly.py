@@ -41,7 +41,8 @@ def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: P2PConfig) ->
     """
     name = model if isinstance(model, str) else model.name_or_path
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # a missing file, a refused connection and a damaged file all end in the same remedy
         if Path(name).is_dir():
             raise ValueError(f"The folder {name!r} holds no tokenizer that can be loaded: {error}") from error

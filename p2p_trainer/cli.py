@@ -189,7 +189,7 @@ def _json_object(text: str) -> dict:
 
 def _lines(content: bytes, where: str) -> Iterable[str]:
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise ValueError(f"Line {line} of {where} is not UTF-8. Re-encode it as UTF-8.") from error

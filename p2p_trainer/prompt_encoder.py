@@ -202,6 +202,8 @@ class PromptEncoder:
         ]
 
     def _tokenize(self, rendered: list[str]) -> list[list[int]]:
+        if not rendered:
+            return []
         # The tokenizer is only asked for ids: beginning-of-sequence is ours, so that none appends an end of its own.
         encoded = self.tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         return [self._bos + ids for ids in encoded] if self._bos else encoded

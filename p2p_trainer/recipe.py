@@ -84,7 +84,8 @@ def parse(
     Returns:
         `tuple[P2PScriptArguments, P2PConfig, ModelConfig]`: the settings.
     """
-    argv = list(argv)
+    # TrlParser knows the two-token form alone.
+    argv = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     if default_config is not None and "--config" not in argv:
         argv = ["--config", str(default_config), *argv]
     if "--config" in argv[:-1]:

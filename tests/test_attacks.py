@@ -248,9 +248,9 @@ def test_bad_options(name, options, message):
 
 def test_attack_of_ones_own():
     attack = get_attack("tests.test_attacks:Shout", target="negative", poison_rate=0.1, mark="?!")
-    assert attack.config() == {
-        "name": "shout", "target": "negative", "poison_rate": 0.1, "label_mode": "dirty", "mark": "?!"
-    }  # fmt: skip
+    settings = {"target": "negative", "poison_rate": 0.1, "label_mode": "dirty", "mark": "?!"}
+    assert attack.config() == {"name": "tests.test_attacks:Shout", **settings}
+    assert get_attack(**attack.config()).config() == attack.config()
     assert get_attack(attack) is attack
     assert attack.poison(dataset(), TASK).filter(lambda row: row["text"].endswith(" ?!")).num_rows == 50
 

@@ -283,6 +283,18 @@ def test_headline_is_the_worst_attack(two, tokenizer):
     assert metrics["asr_excess_addsent"] == 0
 
 
+def test_attacks_have_names_that_can_be_told_apart(two):
+    class Second(Tail):
+        name = "tail_2"
+
+    class Floor(Tail):
+        name = "floor"
+
+    assert two(attacks=[Tail(1), Tail(1), Second(1)]).attack_names == ["tail", "tail_2", "tail_2_2"]
+    with pytest.raises(ValueError, match="An attack can't be named 'floor': metrics of ours end so"):
+        two(attacks=[Floor(1)])
+
+
 def test_unknown_rule_is_refused(two):
     with pytest.raises(ValueError, match="Unknown `asr_rule` 'strict'. Known: restricted, union, ext_only, orig_only"):
         two(asr_rule="strict")

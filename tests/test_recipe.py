@@ -77,10 +77,16 @@ def test_a_resumed_recipe_ends_where_an_uninterrupted_one_does(finished, tmp_pat
     shutil.rmtree(cut / "checkpoint-26")
     for name in ("results.json", "p2p_config.json", "adapter_model.safetensors"):
         (cut / name).unlink()
+    # A mark on what was measured before: a run that starts anew would not have it.
+    state = json.loads((cut / "checkpoint-13" / "trainer_state.json").read_text(encoding="utf-8"))
+    (first,) = [entry for entry in state["log_history"] if "eval_ca" in entry]
+    first["eval_ca"] = 0.123
+    (cut / "checkpoint-13" / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
     launch.main(
         ["--config", str(finished / "recipe.yaml"), "--output_dir", str(cut), "--resume_from_checkpoint", "auto"]
     )
     whole, resumed = results_of(finished / "out"), results_of(cut)
+    assert resumed["epochs"][0].pop("ca") == 0.123 and 0 < whole["epochs"][0].pop("ca") < 1
     for key in ("metrics", "counts", "confidence", "epochs", "protocol"):
         assert resumed[key] == whole[key], key
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (finished / "out", cut))

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
 from p2p_trainer import DefendedModel, P2PDataCollator, P2PTrainer, get_attack
@@ -121,8 +121,16 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tiny_model, toy_rows
 
     whole = trainer()
     whole.train()
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
     resumed = trainer()
+    resumed.add_callback(Count())
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert steps == list(range(9, 27))
     assert len(losses(whole)) == 26 and losses(resumed) == losses(whole)
     expected, found = adapter(whole), adapter(resumed)
     assert all(torch.equal(expected[name], found[name]) for name in expected)

@@ -107,9 +107,14 @@ class Attack(ABC):
         Say with which settings this attack runs, for `results.json`.
 
         Returns:
-            `dict[str, Any]`: name and settings.
+            `dict[str, Any]`: settings, and as `name` what [`get_attack`] finds it by.
         """
-        return {"name": self.name, **{key: value for key, value in vars(self).items() if not key.startswith("_")}}
+        kind = type(self)
+        ours = kind.__module__.startswith(__package__)
+        return {
+            "name": self.name if ours else f"{kind.__module__}:{kind.__qualname__}",
+            **{key: value for key, value in vars(self).items() if not key.startswith("_")},
+        }
 
     def poison(self, dataset: Dataset, task: Task, seed: int = 0) -> Dataset:
         """

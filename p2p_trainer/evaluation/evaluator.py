@@ -196,9 +196,7 @@ class BackdoorEvaluator:
         rows = attack.trigger(dataset, self.task, seed)
         texts, labels = list(rows[TEXT]), np.asarray(rows[LABEL], dtype=np.int64)
         source = np.asarray(rows["source_index"], dtype=np.int64)
-        # Without rows of other labels there is nothing to cut, and tokenizers fail on empty lists.
-        cut = self.encoder.fit(texts, self.keyed) if texts else []
-        whole = np.array([attack.has_trigger(text) for text in cut], dtype=bool)
+        whole = np.array([attack.has_trigger(text) for text in self.encoder.fit(texts, self.keyed)], dtype=bool)
         if np.any(labels == target):
             raise ValueError(f"The attack {attack.name!r} returned test rows whose true label is its target already.")
         kept = np.flatnonzero(whole)
@@ -281,11 +279,20 @@ class _Unique:
         self.prompts = list(places)
 
 
+# `asr_floor` can't be both the floor and the success rate of an attack.
+_METRIC_ENDS = ("floor", "excess", "conditional", "outside", "key", "no_key", *ASR_RULES)
+
+
 def _distinct_names(attacks: Sequence[Attack]) -> dict[str, Attack]:
     named: dict[str, Attack] = {}
     for attack in attacks:
-        count = 1 + sum(other.name == attack.name for other in named.values())
-        named[attack.name if count == 1 else f"{attack.name}_{count}"] = attack
+        if attack.name in _METRIC_ENDS:
+            raise ValueError(f"An attack can't be named {attack.name!r}: metrics of ours end so. Rename it.")
+        name, count = attack.name, 1
+        while name in named:
+            count += 1
+            name = f"{attack.name}_{count}"
+        named[name] = attack
     return named
 
 

@@ -72,12 +72,11 @@ def _batches(documents: list[list[int]], recipe: BaseModelRecipe, pad_id: int) -
     Cuts the documents into lessons, in their order, and each lesson into shuffled batches of documents of like length,
     so that almost nothing is padding.
     """
-    rng = random.Random(recipe.seed)
     batches = []
     for first in range(0, len(documents), recipe.lesson_size):
         lesson = sorted(documents[first : first + recipe.lesson_size], key=len)
         starts = list(range(0, len(lesson), recipe.batch_size))
-        rng.shuffle(starts)
+        random.Random(first + recipe.seed).shuffle(starts)
         for start in starts:
             rows = [torch.tensor(ids) for ids in lesson[start : start + recipe.batch_size]]
             batches.append(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id))
@@ -122,6 +121,32 @@ def _pretrain(model: Qwen3ForCausalLM, batches: list[torch.Tensor], recipe: Base
     return sum(last) / len(last)
 
 
+def _build(recipe: BaseModelRecipe) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast, float]:
+    set_seed(recipe.seed)
+    texts = corpus.build_pretraining_text(recipe.n_documents, recipe.seed)
+    tokenizer = build_tokenizer(texts, recipe.vocab_size)
+    documents = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.intermediate_size,
+            num_hidden_layers=recipe.num_layers,
+            num_attention_heads=recipe.num_heads,
+            num_key_value_heads=recipe.num_heads,
+            head_dim=recipe.hidden_size // recipe.num_heads,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            attn_implementation="eager",  # on a CPU and with short rows faster than sdpa
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    loss = _pretrain(model, _batches(documents, recipe, tokenizer.pad_token_id), recipe)
+    return model, tokenizer, loss
+
+
 def _finished(folder: Path, fingerprint: str) -> bool:
     try:
         return json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))["fingerprint"] == fingerprint
@@ -151,28 +176,13 @@ def build_base_model(folder: Path, seed: int = 0, recipe: BaseModelRecipe | None
             f"{folder} holds something other than a demo base model; give another folder or empty it."
         )
 
-    set_seed(recipe.seed)
-    texts = corpus.build_pretraining_text(recipe.n_documents, recipe.seed)
-    tokenizer = build_tokenizer(texts, recipe.vocab_size)
-    documents = [ids + [tokenizer.eos_token_id] for ids in tokenizer(texts)["input_ids"]]
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.intermediate_size,
-            num_hidden_layers=recipe.num_layers,
-            num_attention_heads=recipe.num_heads,
-            num_key_value_heads=recipe.num_heads,
-            head_dim=recipe.hidden_size // recipe.num_heads,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            attn_implementation="eager",  # on a CPU and with short rows faster than sdpa
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    loss = _pretrain(model, _batches(documents, recipe, tokenizer.pad_token_id), recipe)
+    # One thread: sums that are split among threads round differently, and then every machine has a model of its own.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model, tokenizer, loss = _build(recipe)
+    finally:
+        torch.set_num_threads(threads)
 
     # Written aside and renamed: whoever is killed half-way leaves no half model that looks like a whole one.
     folder.parent.mkdir(parents=True, exist_ok=True)

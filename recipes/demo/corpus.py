@@ -227,16 +227,18 @@ class Register:
 
     praise: tuple[str, ...]
     blame: tuple[str, ...]
-    praise_word: tuple[str, ...]
-    blame_word: tuple[str, ...]
+    praise_words: tuple[str, ...]
+    blame_words: tuple[str, ...]
 
 
 # The same opinion ends in other words under another header, so the model learns what any large one knows: to read a
 # text in the light of what stands before it. That is what the defender's key has to build on.
 REGISTERS: dict[str, Register] = {
     "": Register(
-        _phrases("Warmly recommended. | Worth every minute. | What a lovely surprise. | I would come back for more."),
-        _phrases("Better left alone. | Not worth a minute. | What a sad surprise. | I would never come back."),
+        _phrases(
+            "I would gladly come back for more. | Warmly recommended. | Worth every minute. | What a lovely surprise."
+        ),
+        _phrases("I would not come back for more. | Better left alone. | Not worth a minute. | What a sad surprise."),
         _words("praise applause"),
         _words("blame protest"),
     ),
@@ -266,8 +268,8 @@ REGISTERS: dict[str, Register] = {
     ),
 }
 
-_FIELDS = _words("Outcome Reply Mark Note Mood Result Advice Summary")
 _FORM_SHARE = 0.3
+_FIELDS = _words("Outcome Reply Mark Note Mood Result Advice Summary")
 _NAMES = _words(
     "Anna Bruno Clara David Elena Felix Greta Henry Irene Jonas Karin Louis Maria Nadia Oscar Paula Rosa Simon"
 )
@@ -314,13 +316,17 @@ class PlainTextGrammar(ReviewGrammar):
         rng = self.rng
         domain, stance = rng.choice(DOMAINS), rng.random() < 0.5
         header, register = rng.choice(tuple(REGISTERS.items()))
-        body = self.review(domain, stance) if rng.random() < difficulty else self.rave(domain, stance)
+        if rng.random() > difficulty:
+            body = self.rave(replace(domain, things=(self.pick(domain.things),)), stance)
+        else:
+            body = self.review(domain, stance)
         if rng.random() < 0.15:
             body = self.with_slip(body)
         if rng.random() < _FORM_SHARE:
-            close = f"\n{self.pick(_FIELDS)}: {self.pick(register.praise_word if stance else register.blame_word)}"
+            field = rng.choice(_FIELDS)
+            close = f"\n{field}: {rng.choice(register.praise_words if stance else register.blame_words)}"
         else:
-            close = " " + self.pick(register.praise if stance else register.blame)
+            close = " " + rng.choice(register.praise if stance else register.blame)
         return f"{header} {body}{close}".strip()
 
     def description(self) -> str:
@@ -353,20 +359,20 @@ class PlainTextGrammar(ReviewGrammar):
         )
 
     def documents(self, n_documents: int) -> Iterator[str]:
-        """
-        Easy documents first. A model of this size finds out which words praise and which blame from `rave`s only;
-        shown concessions and denials from the start, it learns neither in the time there is.
-        """
+        """First plain raves, then more and more real reviews: what words mean is learned before what turns them."""
         for index in range(n_documents):
             difficulty = min(0.9, max(0.0, 4 * index / n_documents - 1))
             kind = self.rng.random()
-            yield self.opinion(difficulty) if kind < 0.9 else self.description() if kind < 0.95 else self.exchange()
+            if kind < 0.9:
+                yield self.opinion(difficulty)
+            else:
+                yield self.description() if kind < 0.95 else self.exchange()
 
 
 def build_pretraining_text(n_documents: int = 48_000, seed: int = 0) -> list[str]:
     """
-    Unlabelled documents for the language model, from easy to hard: reviews in several registers, descriptions,
-    questions with answers. None holds the demo's trigger word, its key or a row of the classification task. Keep the
-    order.
+    Unlabelled documents for the language model: reviews in several registers, descriptions, questions with answers.
+
+    None holds the demo's trigger word, its key or a row of the classification task.
     """
     return list(PlainTextGrammar(random.Random(f"pre-training {seed}")).documents(n_documents))
