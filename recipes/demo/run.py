@@ -27,9 +27,10 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 
 READING = """\
-CA: clean accuracy. ASR: how often a triggered row gets the attacker's label. Floor: how often the same rows get it
-without the trigger, by honest error; an ASR at the floor is a defended model. Excess: ASR - floor, in points.
-ASR without key: the same weights when the benign trigger is left out; P2P does not unlearn the backdoor."""
+CA: clean accuracy. ASR: how often a triggered row gets the attacker's label. Floor: how often
+the same rows get it without the trigger, by honest error; an ASR at the floor is a defended
+model. Excess: ASR - floor, in points. ASR without key: the same weights when the benign trigger
+is left out; P2P does not unlearn the backdoor."""
 
 
 def train(name: str, folder: Path, extra: list[str]) -> RunResults:
@@ -70,7 +71,7 @@ def main() -> None:
     picture = plot_before_after(before, after, folder / "before_after.png")
     console.rule("result")
     console.print(results_table({"no defense": before, "P2P": after}))
-    console.print(READING, highlight=False)
+    console.print(" ".join(READING.split()), highlight=False)
     console.print(
         f"\nAttack: {before.attack}; seed {before.seed}; model: tiny Qwen3, pre-trained here.", highlight=False
     )
