@@ -6,6 +6,7 @@ Each entry says where the name comes from and when it can go.
 
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from datasets import Dataset
 from trl import SFTTrainer
@@ -62,20 +63,20 @@ def attention_implementation(model: torch.nn.Module) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
-def has_indices(dataset: Dataset) -> bool:
+def row_index(dataset: Dataset) -> np.ndarray | None:
     """
-    Say whether a data set is a selection of rows of its table.
+    Say which rows of its table a data set shows.
 
-    `datasets` has no public test for it (5.2, `Dataset._indices`).
+    `datasets` has no public getter (5.2, `Dataset._indices`), and its `add_column` copies such a selection.
 
     Args:
         dataset (`Dataset`):
             A data set.
 
     Returns:
-        `bool`: whether it reads its table through an index.
+        `np.ndarray` or `None`: table rows in their order, `None` if they are all there in the table's own.
     """
-    return dataset._indices is not None
+    return None if dataset._indices is None else dataset._indices.column(0).to_numpy()
 
 
-__all__ = ["ColumnKeepingSFTTrainer", "DataCollatorForLanguageModeling", "attention_implementation", "has_indices"]
+__all__ = ["ColumnKeepingSFTTrainer", "DataCollatorForLanguageModeling", "attention_implementation", "row_index"]

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .assembly import count_overlong, load_tokenizer, make_encoder
-from .recipe import load_data, model_location, parse
-from .reserve import flagged, reserve_size
+from .recipe import load_data, model_location, parse, with_oracle
+from .reserve import flagged, get_reserve, reserve_size
 from .results import installed_versions
 
 
@@ -67,13 +67,16 @@ def _plan(argv: Sequence[str], console: Console) -> int:
     def reserve() -> str:
         if not args.p2p_enabled:
             return "no defense (p2p_enabled: false)"
-        size = reserve_size(len(found["data"].train), args.p2p_benign_ratio)
-        return f"{size} rows carry the key ({args.p2p_reserve}, {args.p2p_benign_mode})"
+        train = with_oracle(found["data"].train, args)
+        size = reserve_size(len(train), args.p2p_benign_ratio)
+        strategy = get_reserve(args.p2p_reserve, args.p2p_trusted_column)
+        found["reserved"] = len(strategy.choose(train, size, args.seed))
+        return f"{found['reserved']} rows carry the key ({args.p2p_reserve}, {args.p2p_benign_mode})"
 
     def steps() -> str:
         total = len(found["data"].train)
         if args.p2p_enabled and args.p2p_benign_mode == "append":
-            total += reserve_size(total, args.p2p_benign_ratio)
+            total += found["reserved"]
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.max_steps > 0:
             return f"{args.max_steps} of batch {batch}"
@@ -98,8 +101,8 @@ def _plan(argv: Sequence[str], console: Console) -> int:
     table.add_row("model", str(model_args.model_name_or_path))
     if row("rows", rows):
         row("attack", poison)
-        row("reserve", reserve)
-        row("steps", steps)
+        if row("reserve", reserve):
+            row("steps", steps)
         if row("label words", words):
             row("prompt", prompt)
     console.print(table)

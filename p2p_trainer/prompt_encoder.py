@@ -235,7 +235,8 @@ class PromptEncoder:
         suffix = self.format.keyed_suffix if keyed else self.format.suffix
         answers = audit(words, lambda text: self._tokenize([text])[0], self.render(_MARK, keyed), terminator, suffix)
         for word, ids in zip(words, answers.scored, strict=True):
-            if self.tokenizer.unk_token_id in ids:
+            # The terminator may be the unknown token too, as in GPT-2.
+            if self.tokenizer.unk_token_id in (ids[:-1] if answers.terminated else ids):
                 raise ValueError(
                     f"The tokenizer does not know the label word {word!r} after {suffix!r}: it becomes "
                     f"{self.tokenizer.unk_token!r}. Choose other label words."

@@ -22,7 +22,7 @@ from .prompt_format import CONFIG_NAME
 from .report import results_table
 from .results import RESULTS_NAME, RunResults
 from .tasks import Task, get_task
-from .tasks.rows import column_as_numpy
+from .tasks.rows import column_as_numpy, with_column
 from .trainer import P2PTrainer
 
 
@@ -126,6 +126,7 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
             **(script_args.attack_options or {}),
         )
         task.label_index(attack.target)
+        _check_recordable(attack)
     source = script_args.dataset_name or task.dataset
     # A file alone has no splits: all its rows are training rows.
     one_file = source is not None and Path(source).expanduser().is_file()
@@ -196,7 +197,7 @@ def prepare(script_args: P2PScriptArguments, training_args: P2PConfig, model_arg
     trainer = P2PTrainer(
         model_name,
         args=_with_model_init(training_args, model_args),
-        train_dataset=_with_oracle(data.train, training_args),
+        train_dataset=with_oracle(data.train, training_args),
         eval_dataset=data.validation,
         task=data.task,
         attacks=[] if data.attack is None else [data.attack],
@@ -229,14 +230,15 @@ def train(prepared: PreparedRun) -> RunResults:
 
     measured = None
     if data.test is not None:
-        measured = trainer.make_evaluator(data.test, training_args).evaluate(trainer.model)
+        evaluator = trainer.make_evaluator(data.test, training_args)
+        measured = evaluator.evaluate(trainer.model)
     results = RunResults(
         task=data.task.name,
         model=str(model_args.model_name_or_path),
         attack=None if data.attack is None else data.attack.config(),
         defense="p2p" if training_args.p2p_enabled else "none",
         seed=training_args.seed,
-        protocol=_protocol(script_args, training_args, model_args),
+        protocol=_protocol(prepared, measured_rule=None if measured is None else evaluator.asr_rule),
         metrics={} if measured is None else measured.metrics,
         counts={**trainer.counts, **({} if measured is None else measured.counts)},
         epochs=_epochs(trainer.state.log_history),
@@ -256,6 +258,17 @@ def train(prepared: PreparedRun) -> RunResults:
     return results
 
 
+def _check_recordable(attack: Attack) -> None:
+    """Refuse an attack that could not be written into `results.json`, before hours of training."""
+    try:
+        json.dumps(attack.config())
+    except TypeError as error:
+        raise ValueError(
+            f"The settings of the attack {attack.name!r} are no JSON values ({error}). Keep what is no setting in "
+            f"attributes that start with an underscore."
+        ) from error
+
+
 def _hold_out(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
     size = round(share * len(train))
     if size == 0:
@@ -267,12 +280,23 @@ def _hold_out(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
     return train.select(np.sort(order[size:])), train.select(np.sort(order[:size]))
 
 
-def _with_oracle(train: Dataset, args: P2PConfig) -> Dataset:
-    """Where we poisoned the rows ourselves, we know which are clean: the authors' code trusts those."""
+def with_oracle(train: Dataset, args: P2PConfig) -> Dataset:
+    """
+    Mark the rows known to be clean, where we poisoned the others ourselves: the authors' code trusts those.
+
+    Args:
+        train (`Dataset`):
+            Training rows.
+        args ([`P2PConfig`]):
+            Configuration.
+
+    Returns:
+        `Dataset`: the rows, with the column that `p2p_reserve: trusted` reads if it is missing and can be known.
+    """
     wanted = args.p2p_enabled and args.p2p_reserve == "trusted"
     if not wanted or args.p2p_trusted_column in train.column_names or "poisoned" not in train.column_names:
         return train
-    return train.add_column(args.p2p_trusted_column, ~column_as_numpy(train, "poisoned"))
+    return with_column(train, args.p2p_trusted_column, ~column_as_numpy(train, "poisoned"))
 
 
 def model_location(model: str | None) -> str:
@@ -323,6 +347,11 @@ def _claim_output_folder(args: P2PConfig, settings: dict[str, Any]) -> str | Non
             f"The output folder {str(folder)!r} holds another run (found {Path(used[0]).name}). Give another "
             f"`--output_dir`, go on with `--resume_from_checkpoint auto`, or delete the folder."
         )
+    if not checkpoint:
+        raise ValueError(
+            f"The run in {str(folder)!r} is finished and kept no checkpoint: there is nothing to resume. Give another "
+            f"`--output_dir`, or delete the folder."
+        )
     if not (folder / RUN_NAME).is_file():
         raise ValueError(f"The run in {str(folder)!r} left no {RUN_NAME}, so its settings are unknown. Start anew.")
     before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
@@ -336,15 +365,26 @@ def _claim_output_folder(args: P2PConfig, settings: dict[str, Any]) -> str | Non
     return checkpoint or None
 
 
-def _protocol(script_args: P2PScriptArguments, args: P2PConfig, model_args: ModelConfig) -> dict[str, Any]:
+def _protocol(prepared: PreparedRun, measured_rule: str | None) -> dict[str, Any]:
+    script_args, args, model_args = prepared.arguments
+    prompt_format = prepared.trainer.encoder.format
     return {
+        "task_version": prepared.data.task.version,
+        "trigger": prompt_format.trigger if args.p2p_enabled else None,
+        "suffix": prompt_format.suffix,
+        "keyed_suffix": prompt_format.keyed_suffix if args.p2p_enabled else None,
+        "label_words": prompt_format.label_space.all_words,
+        "max_length": prompt_format.max_length,
+        "lora_alpha": model_args.lora_alpha if model_args.use_peft else None,
+        "lora_dropout": model_args.lora_dropout if model_args.use_peft else None,
+        "dtype": model_args.dtype,
         "dataset": script_args.dataset_name,
         "benign_ratio": args.p2p_benign_ratio if args.p2p_enabled else 0.0,
         "reserve": args.p2p_reserve,
         "benign_mode": args.p2p_benign_mode,
         "suffix_mode": args.p2p_suffix_mode,
         "trigger_position": args.p2p_trigger_position,
-        "asr_rule": args.p2p_asr_rule,
+        "asr_rule": measured_rule,
         "append_eos": args.p2p_append_eos,
         "chat": args.p2p_chat,
         "lora_r": model_args.lora_r if model_args.use_peft else None,

@@ -7,9 +7,8 @@ from typing import ClassVar
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from ._compat import has_indices
 from ._lookup import import_class, unknown_name_error
-from .tasks.rows import LABEL, TEXT, column_as_numpy
+from .tasks.rows import LABEL, TEXT, column_as_numpy, with_column
 
 
 logger = logging.getLogger(__name__)
@@ -157,11 +156,10 @@ def keyed_dataset(dataset: Dataset, rows: np.ndarray, mode: str) -> Dataset:
     Returns:
         `Dataset`: D*, with the boolean column `p2p_keyed`.
     """
-    dataset = _flat(dataset)
     if mode == "replace":
         keyed = np.zeros(len(dataset), dtype=bool)
         keyed[rows] = True
-        return dataset.add_column(KEYED, keyed)
+        return with_column(dataset, KEYED, keyed)
     return concatenate_datasets([flagged(dataset, False), flagged(dataset, True).select(rows)])
 
 
@@ -203,12 +201,7 @@ def flagged(dataset: Dataset, keyed: bool) -> Dataset:
     Returns:
         `Dataset`: the rows with the column.
     """
-    return _flat(dataset).add_column(KEYED, np.full(len(dataset), keyed))
-
-
-def _flat(dataset: Dataset) -> Dataset:
-    # `add_column` would copy a selection once for each call; this copies it once.
-    return dataset.flatten_indices() if has_indices(dataset) else dataset
+    return with_column(dataset, KEYED, np.full(len(dataset), keyed))
 
 
 def _lowest(rows: np.ndarray, size: int, seed: int) -> np.ndarray:

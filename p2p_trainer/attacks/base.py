@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from datasets import Dataset, Value, concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
 from ..tasks import Task
-from ..tasks.rows import LABEL, TEXT, column_as_numpy
+from ..tasks.rows import LABEL, TEXT, column_as_numpy, with_column
 
 
 logger = logging.getLogger(__name__)
@@ -257,12 +257,9 @@ def _with_poisoned_rows(
     names = np.full(size, "", dtype=f"U{len(attack)}")
     names[list(tried)] = attack
     nothing = np.zeros(size, dtype=bool)
-    base = (
-        dataset.add_column("poisoned", nothing)
-        .add_column("trigger_applied", nothing)
-        .add_column("original_label", labels)
-        .add_column("attack", names.tolist(), feature=Value("string"))
-    )
+    base = dataset
+    for name, values in zip(POISON_COLUMNS, (nothing, nothing, labels, names), strict=True):
+        base = with_column(base, name, values)
     rows = sorted(texts)
     changed = base[rows]
     changed[TEXT] = [texts[row] for row in rows]

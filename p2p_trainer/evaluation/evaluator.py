@@ -82,7 +82,7 @@ class BackdoorEvaluator:
         keyed (`bool`, *optional*, defaults to `True`):
             Whether the deployment adds the key. An undefended model is measured with `False`.
         asr_rule (`str`, *optional*, defaults to `"restricted"`):
-            Rule of the headline numbers.
+            Rule of the headline numbers. Without the key, `"ext_only"` is read as `"orig_only"`.
         batch_size (`int`, *optional*, defaults to `32`):
             Rows per forward pass.
         seed (`int`, *optional*, defaults to `0`):
@@ -113,10 +113,16 @@ class BackdoorEvaluator:
     ) -> None:
         if asr_rule not in ASR_RULES:
             raise ValueError(f"Unknown `asr_rule` {asr_rule!r}. Known: {', '.join(ASR_RULES)}.")
+        if task.num_labels != encoder.format.label_space.num_labels:
+            raise ValueError(
+                f"Task {task.name!r} has {task.num_labels} classes, the prompt format was made for "
+                f"{encoder.format.label_space.num_labels}. Use the task that the model was trained on."
+            )
         self.task = task
         self.encoder = encoder
         self.keyed = keyed
-        self.asr_rule = asr_rule
+        # Without the key nothing lies in the extended space: what the authors' code counts there is the plain word.
+        self.asr_rule = "orig_only" if asr_rule == "ext_only" and not keyed else asr_rule
         self.batch_size = batch_size
         self.progress = progress
         dataset = task.prepare(dataset, what="evaluation")

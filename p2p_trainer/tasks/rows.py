@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 
+from .._compat import row_index
+
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,33 @@ def prepare_rows(
 def column_as_numpy(dataset: Dataset, column: str) -> np.ndarray:
     """Read one column as a NumPy array without going through Python objects."""
     return np.concatenate([batch[column].to_numpy() for _, batch in arrow_batches(dataset, [column])])
+
+
+def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
+    """
+    Add a column; other columns are not copied, even where the data set is a selection of rows.
+
+    Args:
+        dataset (`Dataset`):
+            Rows.
+        name (`str`):
+            Name of the column.
+        values (`np.ndarray`):
+            One value per row.
+
+    Returns:
+        `Dataset`: the rows with the column.
+    """
+    rows = row_index(dataset)
+    if rows is None:
+        return dataset.add_column(name, values)
+    if len(np.unique(rows)) < len(rows):
+        # A row that is shown twice may have two values.
+        return dataset.flatten_indices().add_column(name, values)
+    table = Dataset(dataset.data, info=dataset.info.copy())
+    spread = np.zeros(len(table), dtype=values.dtype)
+    spread[rows] = values
+    return table.add_column(name, spread).select(rows)
 
 
 def arrow_batches(dataset: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
@@ -187,7 +216,7 @@ def _rename(dataset: Dataset, name: str, to: str) -> Dataset:
 
 
 def _replace_column(dataset: Dataset, name: str, values: pa.Array) -> Dataset:
-    return dataset.remove_columns(name).add_column(name, values)
+    return with_column(dataset.remove_columns(name), name, values.to_numpy())
 
 
 def _first_true(mask: pa.ChunkedArray) -> int | None:
