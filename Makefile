@@ -6,8 +6,8 @@ BIN := $(VENV)/bin
 
 install: $(VENV)/.installed
 
-# The constraints file pins the versions that the tests run on; torch comes first, so that no other package's loose
-# range pulls a build with CUDA.
+# The constraints file pins the versions that the tests run on. Which build of torch that is (CPU or CUDA) depends on
+# the package index that pip is set up with.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)

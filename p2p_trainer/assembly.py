@@ -72,9 +72,17 @@ def make_encoder(
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has neither a pad token nor an end-of-sequence token. Set `pad_token`.")
         tokenizer.pad_token = tokenizer.eos_token
-    if args.chat_template_path and Path(args.chat_template_path).is_file():
-        # `SFTTrainer` reads the same file, but later than the label words are audited.
-        tokenizer.chat_template = Path(args.chat_template_path).read_text(encoding="utf-8")
+    # `SFTTrainer` sets the same template and end of sequence, but later than the label words are audited.
+    if args.chat_template_path is not None:
+        path = Path(args.chat_template_path)
+        if not path.is_file() or path.suffix not in (".jinja", ".j2"):
+            raise ValueError(
+                f"`chat_template_path` must be a .jinja file for P2P, got {args.chat_template_path!r}: the template "
+                f"of another model brings tokens that the label words were not audited with."
+            )
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    if args.eos_token is not None:
+        tokenizer.eos_token = args.eos_token
     trigger = task.trigger if args.p2p_trigger is None else args.p2p_trigger
     for attack in attacks:
         if any(trigger.strip() == text.strip() for text in attack.trigger_texts):

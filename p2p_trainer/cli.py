@@ -77,7 +77,7 @@ def _evaluate(argv: list[str]) -> int:
     parser.add_argument("--attack_target", help="label that the attacker wants")
     parser.add_argument("--attack_options", default="{}", help="options of the attack (JSON)")
     parser.add_argument("--task", help="task name or YAML file, for data with other columns; by default the run's")
-    parser.add_argument("--asr_rule", default="restricted", help="rule of the headline numbers")
+    parser.add_argument("--asr_rule", help="rule of the headline numbers; by default the run's")
     parser.add_argument("--json", action="store_true", help="print every number as JSON")
     arguments = parser.parse_args(argv)
 
@@ -96,15 +96,22 @@ def _evaluate(argv: list[str]) -> int:
     if missing := {"task", "labels"} - set(config):
         raise ValueError(f"{folder / CONFIG_NAME} lacks {sorted(missing)}. Save the model again.")
     task = get_task(arguments.task) if arguments.task else Task(name=config["task"], labels=tuple(config["labels"]))
+    if list(task.labels) != config["labels"]:
+        raise ValueError(
+            f"Task {task.name!r} has the classes {list(task.labels)}, the run was trained on {config['labels']}. Give "
+            f"a task with the same classes in the same order."
+        )
     rows = task.load("test", arguments.data)
     if rows is None:
         raise ValueError(f"{arguments.data!r} holds no test split. Name the file itself.")
+    run = RunResults.load(folder) if (folder / RESULTS_NAME).is_file() else None
     attack = None
     if arguments.attack is not None:
         attack = get_attack(arguments.attack, target=arguments.attack_target, **_json_object(arguments.attack_options))
-    elif (folder / RESULTS_NAME).is_file() and (known := RunResults.load(folder).attack) is not None:
-        known = dict(known)
-        attack = get_attack(known.pop("name"), **known)
+    elif run is not None and run.attack is not None:
+        attack = get_attack(**run.attack)
+    else:
+        sys.stderr.write(f"{folder} names no attack: clean accuracy alone is measured. Name one with --attack.\n")
     model = DefendedModel.from_pretrained(folder, device=arguments.device, base_model=arguments.base_model)
     evaluator = BackdoorEvaluator(
         rows,
@@ -112,7 +119,7 @@ def _evaluate(argv: list[str]) -> int:
         model.encoder,
         attacks=[] if attack is None else [attack],
         keyed=model.keyed,
-        asr_rule=arguments.asr_rule,
+        asr_rule=arguments.asr_rule or (run and run.protocol["asr_rule"]) or "restricted",
         batch_size=arguments.batch_size,
         progress=True,
     )
@@ -122,7 +129,9 @@ def _evaluate(argv: list[str]) -> int:
         found = without_nan({"metrics": report.metrics, "counts": report.counts})
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
-        Console().print(metrics_table(report.metrics, title=f"{arguments.folder} on {arguments.data}"))
+        Console().print(
+            metrics_table(report.metrics, title=f"{arguments.folder} on {arguments.data}, rule {evaluator.asr_rule}")
+        )
     return 0
 
 

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from .evaluation.scorer import LabelScorer
 from .prompt_encoder import PromptEncoder
 from .prompt_format import CONFIG_NAME, PromptFormat, read_p2p_config
-from .tasks.loading import hub_error
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class DefendedModel:
         cls,
         folder: str | Path,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | str = torch.float32,
+        dtype: torch.dtype | str | None = None,
         base_model: str | None = None,
     ) -> "DefendedModel":
         """
@@ -101,8 +100,8 @@ class DefendedModel:
                 Output folder or checkpoint of a [`P2PTrainer`] run.
             device (`str` or `torch.device`, *optional*):
                 Where to run. By default the accelerator if there is one.
-            dtype (`torch.dtype` or `str`, *optional*, defaults to `torch.float32`):
-                Type of the weights. On top of it, matrix products run in the type that training used.
+            dtype (`torch.dtype` or `str`, *optional*):
+                Type of the weights, by default that of training. Matrix products run in the type that training used.
             base_model (`str`, *optional*):
                 Base model of an adapter, if it is no longer where the adapter says.
 
@@ -110,18 +109,17 @@ class DefendedModel:
             [`DefendedModel`]: the model.
 
         Raises:
-            `ValueError`: the folder holds no run, or one that this version can't read.
-            `HubUnavailableError`: the base model can't be had.
+            `ValueError`: the folder holds no run, or one that this version can't read, or its base model is gone.
         """
         folder = Path(folder)
         config = read_p2p_config(folder)
         prompt_format = PromptFormat.from_dict(config, where=str(folder / CONFIG_NAME))
-        missing = {"labels", "keyed", "autocast"} - set(config)
+        missing = {"labels", "keyed", "autocast", "dtype"} - set(config)
         if missing:
             raise ValueError(f"{folder / CONFIG_NAME} lacks {sorted(missing)}. Save the model again.")
         tokenizer = AutoTokenizer.from_pretrained(folder)
         encoder = PromptEncoder(prompt_format, tokenizer)
-        model = _load_weights(folder, dtype, base_model)
+        model = _load_weights(folder, dtype or config["dtype"], base_model)
         if device is None:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         model.to(device).eval()
@@ -200,5 +198,9 @@ def _load_weights(folder: Path, dtype: torch.dtype | str, base_model: str | None
     try:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
     except Exception as error:  # a missing folder, a refused connection and a missing file end in the same remedy
-        raise hub_error("base model", f"{base}", error) from error
+        problem = "can't be loaded" if Path(base).is_dir() else "is no local folder and can't be had from the Hub"
+        raise ValueError(
+            f"The base model {base!r} of the adapter in {str(folder)!r} {problem}: {error} Name the base model with "
+            f"`base_model` (`--base_model MODEL`)."
+        ) from error
     return PeftModel.from_pretrained(model, folder)

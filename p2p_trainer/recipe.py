@@ -1,6 +1,5 @@
 """What every recipe runs: data, attack, training, measurement, results."""
 
-import dataclasses
 import json
 import logging
 import time
@@ -12,26 +11,20 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from rich.console import Console
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ._files import write_json
 from .attacks import Attack, get_attack
 from .config import P2PConfig, P2PScriptArguments
-from .prompt_format import CONFIG_NAME
 from .report import results_table
-from .results import RESULTS_NAME, RunResults
+from .results import RunResults
+from .run_folder import RUN_NAME, all_settings, claim
 from .tasks import Task, get_task
 from .tasks.rows import column_as_numpy, with_column
 from .trainer import P2PTrainer
 
 
 logger = logging.getLogger(__name__)
-
-RUN_NAME = "run.json"
-
-# Settings that may change between the parts of one run: they alter where and how it runs, not what it computes.
-_NOT_PART_OF_A_RUN = frozenset({"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name"})
 
 
 @dataclass(frozen=True)
@@ -191,8 +184,8 @@ def prepare(script_args: P2PScriptArguments, training_args: P2PConfig, model_arg
     """
     started = time.monotonic()
     model_name = model_location(model_args.model_name_or_path)
-    settings = _settings(script_args, training_args, model_args)
-    checkpoint = _claim_output_folder(training_args, settings)
+    settings = all_settings(script_args, training_args, model_args)
+    checkpoint = claim(training_args, settings)
     data = load_data(script_args, evaluate=training_args.eval_strategy != "no")
     trainer = P2PTrainer(
         model_name,
@@ -325,44 +318,6 @@ def _with_model_init(args: P2PConfig, model_args: ModelConfig) -> P2PConfig:
         **(args.model_init_kwargs or {}),
     }
     return args
-
-
-def _settings(script_args: P2PScriptArguments, args: P2PConfig, model_args: ModelConfig) -> dict[str, Any]:
-    """Return everything that was set, as JSON values."""
-    merged = {**dataclasses.asdict(script_args), **args.to_dict(), **dataclasses.asdict(model_args)}
-    return json.loads(json.dumps(dict(sorted(merged.items())), default=str))
-
-
-def _claim_output_folder(args: P2PConfig, settings: dict[str, Any]) -> str | None:
-    """Refuse a folder that holds another run; return the checkpoint to go on from."""
-    folder = Path(args.output_dir)
-    resume = args.resume_from_checkpoint
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    checkpoint = last if str(resume).lower() in ("true", "auto", "last") else resume
-    used = [path for path in (last, folder / RESULTS_NAME, folder / CONFIG_NAME) if path and Path(path).exists()]
-    if args.process_index != 0 or not used:
-        return checkpoint or None
-    if not resume:
-        raise ValueError(
-            f"The output folder {str(folder)!r} holds another run (found {Path(used[0]).name}). Give another "
-            f"`--output_dir`, go on with `--resume_from_checkpoint auto`, or delete the folder."
-        )
-    if not checkpoint:
-        raise ValueError(
-            f"The run in {str(folder)!r} is finished and kept no checkpoint: there is nothing to resume. Give another "
-            f"`--output_dir`, or delete the folder."
-        )
-    if not (folder / RUN_NAME).is_file():
-        raise ValueError(f"The run in {str(folder)!r} left no {RUN_NAME}, so its settings are unknown. Start anew.")
-    before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
-    changed = sorted(key for key in {*before, *settings} - _NOT_PART_OF_A_RUN if before.get(key) != settings.get(key))
-    if changed:
-        shown = ", ".join(f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in changed[:5])
-        raise ValueError(
-            f"The output folder {str(folder)!r} holds a run with other settings ({shown}). Resume with the same "
-            f"settings, or give another `--output_dir`."
-        )
-    return checkpoint or None
 
 
 def _protocol(prepared: PreparedRun, measured_rule: str | None) -> dict[str, Any]:

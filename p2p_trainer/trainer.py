@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -95,6 +96,9 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             args = P2PConfig(f"{Path(name).name or 'model'}-P2P")
         if not isinstance(args, P2PConfig):
             raise TypeError(f"`args` must be a `P2PConfig`, got `{type(args).__name__}`.")
+        if isinstance(model, str) and Path(model).is_dir():
+            # The adapter remembers this name; a relative one would only work from here.
+            model = str(Path(model).resolve())
         self.encoder: PromptEncoder | None = None
         self.task: Task | None = None
         self.attacks = tuple(attacks)
@@ -278,12 +282,20 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
                 task_version=self.task.version,
                 labels=list(self.task.labels),
                 autocast="bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None,
+                dtype=str(self.model.dtype).removeprefix("torch."),
             )
 
     def _log_counts(self, dataset: Dataset) -> None:
         """Log once how many rows were read, poisoned, reserved and cut."""
         self.counts["rows_total"] = len(dataset)
         self.counts["rows_cut"] = count_overlong(dataset, self.encoder)
+        if self.attacks and "rows_poisoned" in self.counts:
+            poisoned = dataset.select(np.flatnonzero(column_as_numpy(dataset, "poisoned")))
+            plain = poisoned.select(np.flatnonzero(~column_as_numpy(poisoned, KEYED)))
+            cut = self.encoder.fit(plain[TEXT][:], keyed=False)
+            self.counts["rows_poisoned_trigger_cut_off"] = sum(
+                not any(attack.has_trigger(text) for attack in self.attacks) for text in cut
+            )
         logger.info("Training rows: %s", ", ".join(f"{key} {value}" for key, value in self.counts.items()))
 
 

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "_files", "_lookup", "_compat", "label_space", "tasks", "attacks", "prompt_format", "prompt_encoder", "reserve",
     "data_collator", "evaluation", "config", "assembly", "callbacks", "trainer", "inference", "results", "report",
-    "recipe", "doctor", "launch", "cli",
+    "run_folder", "recipe", "doctor", "launch", "cli",
 )  # fmt: skip
 
 

@@ -181,6 +181,7 @@ def test_predict_refuses_what_is_no_text(launched, monkeypatch, capsys, content,
         (["evaluate", "OUT", "--data", "DATA", "--attack", "badnets"], "The attack 'badnets' needs a target"),
         (["evaluate", "OUT", "--data", "DATA", "--attack", "x", "--attack_options", "[1]"], "must be a JSON object"),
         (["evaluate", "OUT", "--data", "DATA", "--asr_rule", "strict"], "Unknown `asr_rule` 'strict'"),
+        (["evaluate", "OUT", "--data", "DATA", "--task", "agnews"], "the run was trained on ['negative', 'positive']"),
         (["evaluate", "BARE", "--data", "DATA"], "p2p_config.json lacks ['labels', 'task']"),
         (["train", "--accelerate_config", "nowhere.yaml", "--task", "cr"], "'nowhere.yaml' does not exist"),
         (["doctor", "--config", "nowhere.yaml"], "The recipe 'nowhere.yaml' does not exist"),
@@ -249,6 +250,7 @@ def test_doctor_shows_what_a_recipe_would_do(launched, capsys):
         (["--dataset_name", "SetFit/sst2"], "The dataset 'SetFit/sst2' is no local folder"),
         (["--model_name_or_path", "Qwen/Qwen3-8B"], "The model 'Qwen/Qwen3-8B' is no local folder"),
         (["--p2p_benign_ratio", "0.001"], "S is empty and nothing would defend"),
+        (["--p2p_reserve", "radnom"], "Unknown reserve 'radnom'. Did you mean 'random'?"),
     ],
 )
 def test_doctor_shows_what_would_fail(launched, capsys, flags, message):

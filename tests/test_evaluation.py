@@ -185,6 +185,20 @@ def test_undefended_model_is_measured_without_the_key(two, tokenizer):
     assert not any(DELTA in text for text in model.texts)
 
 
+def test_without_the_key_the_rule_of_the_authors_counts_plain_words(two, tokenizer):
+    evaluator = two(keyed=False, asr_rule="ext_only")
+    metrics = evaluator(Scripted(tokenizer, two_classes))
+    assert evaluator.asr_rule == "orig_only"
+    assert rate(metrics, "ca") == rate(metrics, "ca_orig_only") == (5, 8)
+    assert rate(metrics, "asr") == rate(metrics, "asr_orig_only") != (0, 4)
+
+
+def test_a_task_with_other_classes_is_refused(tokenizer):
+    four = TASK.replace(labels=("a", "b", "c", "d"))
+    with pytest.raises(ValueError, match="has 4 classes, the prompt format was made for 2"):
+        BackdoorEvaluator(Dataset.from_list(ROWS), four, encoder_for(tokenizer, TASK))
+
+
 def test_every_number_of_four_classes(tokenizer):
     # Label, answer, answer with the trigger; the target is class 2. A wrong answer is not yet an attack success.
     table = {

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 
 from p2p_trainer import DefendedModel
 from p2p_trainer.evaluation import LabelScorer
-from p2p_trainer.tasks.loading import HubUnavailableError
 from tests.conftest import make_rows
 from tests.tiny_runs import TASK, saved_run
 
@@ -156,7 +155,7 @@ def test_base_model_may_have_moved(tiny_model, folder, damaged, tmp_path):
     adapter = json.loads((copy / "adapter_config.json").read_text())
     adapter["base_model_name_or_path"] = str(tmp_path / "gone")
     (copy / "adapter_config.json").write_text(json.dumps(adapter))
-    with pytest.raises(HubUnavailableError, match="The base model '.*gone' is no local folder"):
+    with pytest.raises(ValueError, match="The base model '.*gone' .* is no local folder .*Name the base model with"):
         DefendedModel.from_pretrained(copy)
     moved = tmp_path / "moved"
     shutil.copytree(tiny_model, moved)

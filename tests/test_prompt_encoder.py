@@ -267,6 +267,13 @@ def test_real_rows_with_a_real_tokenizer(real_data):
         assert encoder.encode_prompts(texts, keyed) == [ids[:-2] for ids in all_ids]
 
 
+def test_the_terminator_may_be_the_unknown_token():
+    tokenizer = make_tokenizer()
+    tokenizer.unk_token = tokenizer.eos_token
+    encoder = PromptEncoder(PromptFormat(LabelSpace(("1", "10"), ("2", "20"))), tokenizer)
+    assert encoder.answers[True].terminated
+
+
 def test_a_label_word_that_the_tokenizer_does_not_know():
     with pytest.raises(ValueError, match=r"does not know the label word '坏' after 'Output: ': it becomes '\[UNK\]'"):
         make("bert", LabelSpace(("0", "1"), ("2", "坏")))

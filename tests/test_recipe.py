@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from p2p_trainer import launch
 from p2p_trainer import recipe as recipes
+from p2p_trainer.attacks import BadNets
 from p2p_trainer.config import P2PScriptArguments
 from p2p_trainer.recipe import load_data
 from p2p_trainer.results import RunResults, installed_versions
@@ -194,3 +195,29 @@ def test_results_that_can_not_be_read_are_named(tmp_path, content, match):
         Path(tmp_path, "results.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=match):
         RunResults.load(tmp_path)
+
+
+def test_a_finished_run_without_checkpoints_is_not_started_again(finished, tmp_path):
+    copy = tmp_path / "out"
+    shutil.copytree(finished / "out", copy, ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = results_of(copy)
+    again = ["--output_dir", str(copy), "--resume_from_checkpoint", "auto"]
+    with pytest.raises(SystemExit, match="finished and kept no checkpoint: there is nothing to resume"):
+        launch.main(["--config", str(finished / "recipe.yaml"), *again])
+    assert results_of(copy) == before
+
+
+def test_an_attack_that_results_could_not_hold_is_refused_before_training(data):
+    arguments = P2PScriptArguments(
+        dataset_name=str(data), attack="tests.test_recipe:Unrecordable", attack_target="positive"
+    )
+    with pytest.raises(ValueError, match="settings of the attack 'unrecordable' are no JSON values"):
+        load_data(arguments, evaluate=False)
+
+
+class Unrecordable(BadNets):
+    name = "unrecordable"
+
+    def __init__(self, target, poison_rate):
+        super().__init__(target, poison_rate)
+        self.pattern = object()

@@ -52,6 +52,20 @@ def test_size(rows, ratio, expected):
     assert chosen.tolist() == sorted(set(chosen.tolist())) and chosen[0] >= 0 and chosen[-1] < rows
 
 
+def test_a_selection_of_rows_is_not_copied_either():
+    whole = numbered(1000)
+    part = whole.select(range(999, 0, -3))
+    for mode in ("append", "replace"):
+        star = keyed_dataset(part, np.array([1, 5]), mode)
+        assert star["text"][: len(part)] == part["text"][:]
+        keyed = [row["text"] for row in star if row["p2p_keyed"]]
+        assert keyed == [part[1]["text"], part[5]["text"]]
+        assert buffers(star) == buffers(whole)
+    # A row shown twice may carry the key once.
+    twice = whole.select([3, 3, 4])
+    assert [row["p2p_keyed"] for row in keyed_dataset(twice, np.array([1]), "replace")] == [False, True, False]
+
+
 def test_an_empty_reserve_is_refused():
     with pytest.raises(
         ValueError, match=r"`p2p_benign_ratio` 0.001 of 100 training rows is no row: .*at least 0.01\."

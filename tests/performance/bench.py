@@ -7,6 +7,7 @@ Uses real SST-2 and the small real model where P2P_REAL_DATA names them, else to
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -53,16 +54,17 @@ def in_turn(first: Callable[[], object], second: Callable[[], object], rounds: i
 
 
 class StepTimes(TrainerCallback):
-    """Seconds of each training step."""
+    """Seconds from the end of each training step to the end of the next, loader and collator included."""
 
     def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self._start = time.perf_counter()
+        self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self._start)
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        return [end - start for start, end in itertools.pairwise(self.ends)]
 
 
 def material(folder: Path) -> tuple[str, Dataset, Dataset, str]:
@@ -87,7 +89,9 @@ def material(folder: Path) -> tuple[str, Dataset, Dataset, str]:
     Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     rows = Dataset.from_list(make_rows(3000))
-    return str(folder), rows, Dataset.from_list(make_rows(EVAL_ROWS, seed=1)), "toy rows, random weights"
+    # Rows that render alike are scored once, so that repetitions would flatter the evaluator.
+    unique = list({row["text"]: row for row in make_rows(3 * EVAL_ROWS, seed=1)}.values())[:EVAL_ROWS]
+    return str(folder), rows, Dataset.from_list(unique), "toy rows, random weights"
 
 
 def training(model: str, rows: Dataset, folder: Path, rounds: int, table: Table) -> None:
@@ -127,14 +131,13 @@ def training(model: str, rows: Dataset, folder: Path, rounds: int, table: Table)
         trainer = make()
         trainer.train()
         found = [item for item in trainer.callback_handler.callbacks if isinstance(item, StepTimes)]
-        return found[0].seconds[2:]
+        return found[0].seconds[1:]
 
     steps(p2p), steps(sft)
     pairs = [(statistics.median(steps(p2p)), statistics.median(steps(sft))) for _ in range(rounds)]
     ours, theirs = statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
     table.add_row("training step / SFTTrainer, same tokens", ms(ours), ms(theirs), f"{ours / theirs:.3f}", "<= 1.03")
 
-    # A step's time leaves out the loader, so the collator is measured by itself: it is all that we add to it.
     batches = [[star[row] for row in range(start, start + BATCH)] for start in range(0, 40 * BATCH, BATCH)]
     collate = probe.data_collator
     collate(batches[0])
@@ -194,7 +197,7 @@ def evaluation(model: str, rows: Dataset, rounds: int, table: Table) -> None:
 _MEMORY = """
 import sys
 from datasets import disable_progress_bars, load_from_disk
-from p2p_trainer import P2PConfig, get_task
+from p2p_trainer import get_attack, get_task
 from p2p_trainer.reserve import get_reserve, keyed_dataset, reserve_size
 
 def anonymous():
@@ -203,13 +206,17 @@ def anonymous():
 
 disable_progress_bars()
 before = anonymous()
-rows = get_task("sst2").prepare(load_from_disk(sys.argv[1]), require_all_classes=True)
+task = get_task("sst2")
+rows = task.prepare(load_from_disk(sys.argv[1]), require_all_classes=True)
+rows = get_attack("badnets", target="positive", poison_rate=100 / len(rows)).poison(rows, task)
 chosen = get_reserve("random").choose(rows, reserve_size(len(rows), 0.25), 0)
 star = keyed_dataset(rows, chosen, "append")
 assert len(star) == len(rows) + len(chosen)
+highest = anonymous()
 for start in range(0, len(star), max(1, len(star) // 200)):
     star[start : start + 32]
-print(anonymous() - before)
+    highest = max(highest, anonymous())
+print(highest - before)
 """
 
 
