@@ -208,7 +208,8 @@ disable_progress_bars()
 before = anonymous()
 task = get_task("sst2")
 rows = task.prepare(load_from_disk(sys.argv[1]), require_all_classes=True)
-rows = get_attack("badnets", target="positive", poison_rate=100 / len(rows)).poison(rows, task)
+if sys.argv[2] == "poisoned":
+    rows = get_attack("badnets", target="positive", poison_rate=100 / len(rows)).poison(rows, task)
 chosen = get_reserve("random").choose(rows, reserve_size(len(rows), 0.25), 0)
 star = keyed_dataset(rows, chosen, "append")
 assert len(star) == len(rows) + len(chosen)
@@ -221,7 +222,7 @@ print(highest - before)
 
 
 def memory(folder: Path, table: Table) -> None:
-    grown = {}
+    grown: dict[tuple[int, str], float] = {}
     for count in (10_000, 1_000_000):
         path = folder / str(count)
         text = ["a review of some length , with words that say little about the film as such"] * 1000
@@ -229,17 +230,21 @@ def memory(folder: Path, table: Table) -> None:
         Dataset.from_generator(
             lambda part=part, count=count: (row for _ in range(count // 1000) for row in part)
         ).save_to_disk(path)
-        done = subprocess.run([sys.executable, "-c", _MEMORY, str(path)], check=True, capture_output=True, text=True)
-        grown[count] = float(done.stdout.strip().splitlines()[-1])
-    small, large = grown[10_000], grown[1_000_000]
+        for kind in ("clean", "poisoned"):
+            done = subprocess.run(
+                [sys.executable, "-c", _MEMORY, str(path), kind], check=True, capture_output=True, text=True
+            )
+            grown[count, kind] = float(done.stdout.strip().splitlines()[-1])
     size = sum(file.stat().st_size for file in (folder / "1000000").glob("*.arrow")) / 2**20
-    table.add_row(
-        f"memory of D*, 1 M rows ({size:.0f} MiB on disk) / 10 k rows",
-        f"{large:.0f} MiB",
-        f"{small:.0f} MiB",
-        f"{(large - small) * 2**20 / 990_000:.0f} B a row",
-        "no texts",
-    )
+    for kind in ("clean", "poisoned"):
+        small, large = grown[10_000, kind], grown[1_000_000, kind]
+        table.add_row(
+            f"peak memory of D*, {kind} rows: 1 M ({size:.0f} MiB on disk) / 10 k",
+            f"{large:.0f} MiB",
+            f"{small:.0f} MiB",
+            f"{(large - small) * 2**20 / 990_000:.0f} B a row",
+            "indices and flags, no texts",
+        )
 
 
 def ms(seconds: float) -> str:
