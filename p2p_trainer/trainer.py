@@ -289,7 +289,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         """Log once how many rows were read, poisoned, reserved and cut."""
         self.counts["rows_total"] = len(dataset)
         self.counts["rows_cut"] = count_overlong(dataset, self.encoder)
-        if self.attacks and "rows_poisoned" in self.counts:
+        if self.attacks and "poisoned" in dataset.column_names:
             poisoned = dataset.select(np.flatnonzero(column_as_numpy(dataset, "poisoned")))
             plain = poisoned.select(np.flatnonzero(~column_as_numpy(poisoned, KEYED)))
             cut = self.encoder.fit(plain[TEXT][:], keyed=False)

@@ -8,7 +8,7 @@ from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 
-from p2p_trainer import DefendedModel, P2PDataCollator, P2PTrainer, get_attack
+from p2p_trainer import DefendedModel, P2PConfig, P2PDataCollator, P2PTrainer, get_attack, get_task
 from tests.conftest import make_rows
 from tests.tiny_runs import TASK, adapter, config, lora, losses, plain_config
 
@@ -252,3 +252,19 @@ def test_what_can_not_work_is_refused(tiny_model, toy_rows, tmp_path, arguments,
 def test_another_configuration_class_is_refused(tiny_model, toy_rows, tmp_path):
     with pytest.raises(TypeError, match="must be a `P2PConfig`, got `SFTConfig`"):
         P2PTrainer(tiny_model, plain_config(tmp_path), train_dataset=toy_rows)
+
+
+def test_reserved_rows_beside_poisoned_ones(tiny_model, toy_rows, toy_eval, tmp_path):
+    task = get_task("sst2")
+    attack = get_attack("badnets", target="positive", poison_rate=0.1)
+    trainer = P2PTrainer(
+        tiny_model,
+        P2PConfig(str(tmp_path), bf16=False, disable_tqdm=True),
+        train_dataset=attack.poison(toy_rows, task),
+        reserved_dataset=toy_eval,
+        task=task,
+        attacks=[attack],
+    )
+    assert (trainer.counts["rows_poisoned"], trainer.counts["rows_reserved"]) == (8, 20)
+    keyed = [row["text"] for row in trainer.train_dataset if row["p2p_keyed"]]
+    assert len(keyed) == 20 and set(keyed) <= set(toy_eval["text"])
