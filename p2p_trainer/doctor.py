@@ -11,6 +11,7 @@ from .assembly import count_overlong, load_tokenizer, make_encoder
 from .recipe import load_data, model_location, parse, with_oracle
 from .reserve import flagged, get_reserve, reserve_size
 from .results import installed_versions
+from .tasks.rows import column_as_numpy
 
 
 def run(argv: Sequence[str], console: Console | None = None) -> int:
@@ -61,7 +62,7 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         attack = found["data"].attack
         if attack is None:
             return "none"
-        count = sum(found["data"].train["poisoned"])
+        count = column_as_numpy(found["data"].train, "poisoned").sum()
         return f"{attack.config()}: {count} rows poisoned"
 
     def reserve() -> str:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -154,10 +153,7 @@ class DefendedModel:
             scores = scorer.score(
                 self.model, self.encoder.encode_prompts(texts, self.keyed), "classifying" if progress else None
             )
-        n = len(self.labels)
-        words = scores.log_probs[:, n:] if self.keyed else scores.log_probs[:, :n]
-        weights = np.exp(words - words.max(axis=1, keepdims=True))
-        shares = weights / weights.sum(axis=1, keepdims=True)
+        shares = scores.probabilities(self.keyed)
         return [
             Classification(
                 label=self.labels[index],

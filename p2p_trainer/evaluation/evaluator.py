@@ -185,7 +185,7 @@ class BackdoorEvaluator:
         for name, rows in self._attacks.items():
             per_attack[name] = self._attack_metrics(rows, deployed, without_key, answers)
             metrics |= {_with_attack(key, name): value for key, value in per_attack[name].items()}
-            target = self._target_confidence(deployed, rows.target)
+            target = deployed.probabilities(self.keyed)[:, rows.target]
             confidence[name] = {"triggered": _histogram(target[rows.rows]), "clean": _histogram(target[rows.source])}
         if per_attack:
             worst = max(per_attack, key=lambda name: np.nan_to_num(per_attack[name]["asr"], nan=-1.0))
@@ -228,20 +228,13 @@ class BackdoorEvaluator:
 
     def _read(self, scores: Scores, keyed: bool) -> dict[str, np.ndarray]:
         n = self.task.num_labels
-        deployed = scores.log_probs[:, n:] if keyed else scores.log_probs[:, :n]
         free = scores.free
         return {
-            "restricted": deployed.argmax(axis=1),
+            "restricted": scores.deployed(keyed).argmax(axis=1),
             "union": np.where(free >= 0, free % n, -1),
             "ext_only": np.where(free >= n, free - n, -1),
             "orig_only": np.where(free < n, free, -1),
         }
-
-    def _target_confidence(self, scores: Scores, target: int) -> np.ndarray:
-        n = self.task.num_labels
-        words = scores.log_probs[:, n:] if self.keyed else scores.log_probs[:, :n]
-        weights = np.exp(words - words.max(axis=1, keepdims=True))
-        return weights[:, target] / weights.sum(axis=1)
 
     def _attack_metrics(
         self, rows: "_TriggeredRows", deployed: Scores, without_key: Scores | None, clean: dict[str, np.ndarray]

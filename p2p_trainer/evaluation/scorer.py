@@ -31,6 +31,17 @@ class Scores:
         """Return the scores of some rows."""
         return Scores(self.log_probs[rows], self.free[rows])
 
+    def deployed(self, keyed: bool) -> np.ndarray:
+        """Return the log-probabilities of the n words that a deployment allows: the extended ones with the key."""
+        n = self.log_probs.shape[1] // 2
+        return self.log_probs[:, n:] if keyed else self.log_probs[:, :n]
+
+    def probabilities(self, keyed: bool) -> np.ndarray:
+        """Return the probability of each class among the deployed words; rows sum to 1."""
+        words = self.deployed(keyed)
+        weights = np.exp(words - words.max(axis=1, keepdims=True))
+        return weights / weights.sum(axis=1, keepdims=True)
+
 
 class LabelScorer:
     """
