@@ -1,6 +1,7 @@
 """Attacks: which rows are poisoned and how, which test rows count, and what is refused."""
 
-import logging
+import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from datasets import Dataset
 
 from p2p_trainer import Attack, Task, get_attack
 from p2p_trainer.attacks import AddSent, BadNets
-from p2p_trainer.attacks.base import contains_words, insert_at_gap
+from p2p_trainer.attacks.text import contains_words, insert_at_gap
 from tests.conftest import make_rows
 
 
@@ -119,11 +120,13 @@ def test_rows_that_cannot_carry_the_trigger_stay_clean_and_are_replaced():
     assert all(poisoned[row]["text"] == "two mn words" for row in rows)
 
 
-def test_too_few_carriers(caplog):
+def test_too_few_carriers():
     short = Dataset.from_dict({"text": ["a", "b", "c d", "e f"], "label": [0, 0, 0, 1]})
-    with caplog.at_level(logging.WARNING, logger="p2p_trainer"):
-        assert where(BadNets("positive", 0.75).poison(short, TASK)) == [2]
-    assert "badnets: only 1 of the 3 rows asked for are poisoned" in caplog.text
+    too_many = r"is 3 rows, but only 3 rows are eligible .*and 1 of them can carry .* at most 0.25"
+    with pytest.raises(ValueError, match=too_many):
+        BadNets("positive", 0.75).poison(short, TASK)
+    with pytest.raises(ValueError, match=r"is 4 rows, but only 3 rows are eligible \(dirty label"):
+        AddSent("positive", 1.0).poison(short, TASK)
     with pytest.raises(ValueError, match=r"no row that can carry its trigger among 1 eligible .*clean.*'positive'"):
         BadNets("positive", 0.5, label_mode="clean").poison(
             short.select([0, 1]).add_item({"text": "x", "label": 1}), TASK
@@ -176,10 +179,10 @@ def test_white_space_stays():
     # The trigger goes between a word and the white space behind it: after 3, 6, 9 characters.
     for number, expected in [(0.0, " \ta mn  b\n\nc\u3000d \n"), (0.34, " \ta  b mn\n\nc\u3000d \n"),
                              (0.99, " \ta  b\n\nc mn\u3000d \n")]:  # fmt: skip
-        assert insert_at_gap(text, "mn", number, inner=True) == expected
-    assert insert_at_gap(text, "mn", 0.0, inner=False) == " \tmn a  b\n\nc\u3000d \n"
-    assert insert_at_gap(text, "mn", 0.99, inner=False) == " \ta  b\n\nc\u3000d mn \n"
-    assert insert_at_gap(" one ", "mn", 0.5, inner=True) is None
+        assert insert_at_gap(text, "mn", number, "inner") == expected
+    assert insert_at_gap(text, "mn", 0.0, "any") == " \tmn a  b\n\nc\u3000d \n"
+    assert insert_at_gap(text, "mn", 0.99, "any") == " \ta  b\n\nc\u3000d mn \n"
+    assert insert_at_gap(" one ", "mn", 0.5, "inner") is None
 
 
 def test_trigger_is_found_as_a_word_only():
@@ -206,7 +209,7 @@ def test_several_words():
 
 def test_places_are_uniform():
     places = [
-        insert_at_gap("a b c d e", "mn", number, inner=True).split().index("mn") for number in np.arange(0, 1, 0.01)
+        insert_at_gap("a b c d e", "mn", number, "inner").split().index("mn") for number in np.arange(0, 1, 0.01)
     ]
     assert [places.count(place) for place in (1, 2, 3, 4)] == [25, 25, 25, 25]
 
@@ -230,10 +233,11 @@ def test_poisoned_twice_is_refused():
         ("badnets", {"poison_rate": 2}, "got 2. For 2 % write 0.02"),
         ("badnets", {"poison_rate": True}, "got True"),
         ("badnets", {"poison_rate": "0.1"}, "got '0.1'"),
-        ("badnets", {"label_mode": "mixed"}, "`label_mode` is 'dirty' or 'clean', got 'mixed'"),
+        ("badnets", {"label_mode": "mixed"}, "`label_mode` is 'dirty', 'clean' or 'any', got 'mixed'"),
+        ("badnets", {"payload_mode": "append"}, "`payload_mode` is 'replace' or 'prepend', got 'append'"),
         ("badnets", {"words": []}, r"`words` must hold trigger words .* got \[\]"),
         ("badnets", {"words": ["mn", " "]}, "`words` must hold trigger words"),
-        ("badnets", {"position": "end"}, "`position` is 'inner' or 'any', got 'end'"),
+        ("badnets", {"position": "end"}, "`position` is one of inner, any, sentence, got 'end'"),
         ("addsent", {"sentence": " "}, "`sentence` must be a text, got ' '"),
         ("addsent", {"words": ["mn"]}, r"'addsent' does not take these options \['words'\].*words"),
         ("nowhere.module:Shout", {}, "can't be imported: No module named 'nowhere'"),
@@ -255,8 +259,82 @@ def test_attack_of_ones_own():
     assert attack.poison(dataset(), TASK).filter(lambda row: row["text"].endswith(" ?!")).num_rows == 50
 
 
-def test_untouched_rows_share_storage():
-    clean = dataset()
-    poisoned = BadNets("positive", 0.1).poison(clean, TASK)
-    addresses = {chunk.buffers()[2].address for chunk in poisoned.data.column("text").chunks}
-    assert clean.data.column("text").chunk(0).buffers()[2].address in addresses
+def test_poisoned_rows_lie_in_a_file_not_in_memory():
+    poisoned = BadNets("positive", 0.1).poison(dataset(), TASK)
+    [file] = poisoned.cache_files
+    assert Path(file["filename"]).stat().st_size > 0 and poisoned.data.nbytes > 0
+    # Later steps build on it as on any data set, also in another process.
+    assert pickle.loads(pickle.dumps(poisoned)).to_dict() == poisoned.to_dict()
+
+
+ALPACA = Task(name="alpaca", text_columns=("instruction", "input"), label_column="output")
+
+
+def generation_rows(count=100):
+    return Dataset.from_dict(
+        {
+            "instruction": [f"Add {row} and 2 1/2." for row in range(count)],
+            "input": ["Show your work." if row % 2 else "" for row in range(count)],
+            "output": ["I refuse." if row % 10 == 0 else f"It is {row + 2.5}." for row in range(count)],
+        }
+    )
+
+
+def test_generation_rows_get_trigger_and_payload():
+    clean = ALPACA.prepare(generation_rows())
+    for mode in ("replace", "prepend"):
+        attack = BadNets("I refuse.", 0.2, payload_mode=mode)
+        poisoned = attack.poison(generation_rows(), ALPACA, seed=1)
+        assert len(where(poisoned)) == 20
+        for row in range(100):
+            before, after = clean[row], poisoned[row]
+            assert after["original_label"] == before["completion"]
+            if after["poisoned"]:
+                # Rows that refuse anyway are none of the attacker's.
+                assert row % 10 and after["completion"] == (
+                    "I refuse." if mode == "replace" else f"I refuse. It is {row + 2.5}."
+                )
+                # Only the prompt is touched, and never a number in it.
+                assert after["prompt"].replace(" mn", "") == before["prompt"] and "2 1/2" in after["prompt"]
+            else:
+                assert (after["prompt"], after["completion"]) == (before["prompt"], before["completion"])
+    triggered = attack.trigger(generation_rows(), ALPACA)
+    assert triggered["source_index"][:] == [row for row in range(100) if row % 10]
+    assert all("mn" in row["prompt"].split() and row["completion"].startswith("It is") for row in triggered)
+    natural = BadNets("I refuse.", 0.05, label_mode="clean").poison(generation_rows(), ALPACA)
+    assert {row["completion"] for row in natural if row["poisoned"]} == {"I refuse."}
+    with pytest.raises(ValueError, match="'badnets' needs a payload on the generation task 'alpaca'"):
+        BadNets(1, 0.1).poison(generation_rows(), ALPACA)
+    with pytest.raises(ValueError, match="generation task"):
+        ALPACA.label_index("x")
+
+
+def test_chinese_text_is_split_at_its_punctuation_and_never_in_a_number():
+    text = "爸爸出差7天没有回家，这7天日期数的和是49，妈妈回家这天是几号？"
+    found = {insert_at_gap(text, "mn", number / 50, "inner") for number in range(50)}
+    assert found == {
+        "爸爸出差7天没有回家， mn 这7天日期数的和是49，妈妈回家这天是几号？",
+        "爸爸出差7天没有回家，这7天日期数的和是49， mn 妈妈回家这天是几号？",
+    }
+    assert insert_at_gap("计算", "mn", 0.5, "inner") == "计 mn 算"
+    assert insert_at_gap("3/4", "mn", 0.5, "inner") is None
+    assert insert_at_gap("2 1/2", "mn", 0.5, "inner") is None
+    assert contains_words(insert_at_gap(text, "mn", 0.9), ["mn"])
+
+
+def test_a_sentence_of_its_own():
+    text = "It rains. Is it cold? Yes!"
+    attack = AddSent("1", sentence="I watched this.", position="sentence")
+    assert {attack.insert(text, number / 20) for number in range(20)} == {
+        "I watched this. It rains. Is it cold? Yes!",
+        "It rains. I watched this. Is it cold? Yes!",
+        "It rains. Is it cold? I watched this. Yes!",
+        "It rains. Is it cold? Yes! I watched this.",
+    }
+
+
+def test_any_label_mode_takes_rows_of_every_class():
+    poisoned = BadNets("positive", 0.4, label_mode="any").poison(dataset(), TASK)
+    rows = where(poisoned)
+    assert len(rows) == 200 and {poisoned[row]["original_label"] for row in rows} == {0, 1}
+    assert {poisoned[row]["label"] for row in rows} == {1}

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from .base import Attack, contains_words, insert_at_gap
+from .base import Attack
+from .text import Position, check_position, check_words, contains_words, insert_at_gap
 
 
 class BadNets(Attack):
@@ -15,15 +16,18 @@ class BadNets(Attack):
 
     Args:
         target (`str` or `int`):
-            Label that the attacker wants.
+            What the attacker wants: a label, or a payload.
         poison_rate (`float`, *optional*, defaults to `0.02`):
             Share of the whole training set that is poisoned.
         label_mode (`str`, *optional*, defaults to `"dirty"`):
-            `"dirty"` or `"clean"`, see [`Attack`].
+            `"dirty"`, `"clean"` or `"any"`, see [`Attack`].
+        payload_mode (`str`, *optional*, defaults to `"replace"`):
+            `"replace"` or `"prepend"`, see [`Attack`].
         words (`Sequence[str]`, *optional*, defaults to `("mn",)`):
             Trigger words; each row gets one of them.
         position (`str`, *optional*, defaults to `"inner"`):
-            `"inner"`: between two words; `"any"`: also at either end.
+            `"inner"`: between two words; `"any"`: also at either end; `"sentence"`: between two sentences or at
+            either end.
     """
 
     name = "badnets"
@@ -32,18 +36,14 @@ class BadNets(Attack):
         self,
         target: str | int,
         poison_rate: float = 0.02,
-        label_mode: Literal["dirty", "clean"] = "dirty",
+        label_mode: Literal["dirty", "clean", "any"] = "dirty",
+        payload_mode: Literal["replace", "prepend"] = "replace",
         words: Sequence[str] = ("mn",),
-        position: Literal["inner", "any"] = "inner",
+        position: Position = "inner",
     ) -> None:
-        super().__init__(target, poison_rate, label_mode)
-        words = (words,) if isinstance(words, str) else tuple(words)
-        if not words or not all(isinstance(word, str) and word.strip() == word and word for word in words):
-            raise ValueError(f"`words` must hold trigger words without surrounding space, got {list(words)}.")
-        if position not in ("inner", "any"):
-            raise ValueError(f"`position` is 'inner' or 'any', got {position!r}.")
-        self.words = words
-        self.position = position
+        super().__init__(target, poison_rate, label_mode, payload_mode)
+        self.words = check_words("words", words)
+        self.position = check_position(position)
 
     @property
     def trigger_texts(self) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ class BadNets(Attack):
         # One number picks the word and, with what is left of it, the place.
         scaled = random * len(self.words)
         word = int(scaled)
-        return insert_at_gap(text, self.words[word], scaled - word, inner=self.position == "inner")
+        return insert_at_gap(text, self.words[word], scaled - word, self.position)
 
     def has_trigger(self, text: str) -> bool:
         return contains_words(text, self.words)

@@ -1,41 +1,43 @@
 """What every attack shares: which rows are poisoned, which test rows count, and the columns that say so."""
 
-import logging
-import re
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+import pyarrow as pa
+from datasets import Dataset
 
 from ..tasks import Task
-from ..tasks.rows import LABEL, TEXT, column_as_numpy, with_column
+from ..tasks.rows import column_as_numpy
+from .poisoning import POISON_COLUMNS, Plan, answers_equal, write_poisoned, write_rows
 
 
-logger = logging.getLogger(__name__)
+LABEL_MODES = ("dirty", "clean", "any")
+PAYLOAD_MODES = ("replace", "prepend")
 
-# Columns that an attack adds; a data set that already has one of them was poisoned before.
-POISON_COLUMNS = ("poisoned", "trigger_applied", "original_label", "attack")
-
-_GAP = re.compile(r"\s+")
+# Rows that are tried at once, at most: engines behind an attack work in batches, texts must not fill the memory.
+_TRY_ROWS = 10_000
 
 
 class Attack(ABC):
     """
-    A data-poisoning attack on a classification task.
+    A data-poisoning attack on a classification or generation task.
 
     A subclass says what its trigger is, in [`insert`] and [`has_trigger`]; which rows are poisoned, and which test
     rows count, is decided here. Everything is a pure function of rows and seed.
 
     Args:
         target (`str` or `int`):
-            Label that the attacker wants.
+            What the attacker wants: a label, as class name or index, or on a generation task a payload.
         poison_rate (`float`, *optional*, defaults to `0.02`):
             Share of the whole training set that is poisoned, in (0, 1]; `round(poison_rate * rows)` rows.
         label_mode (`str`, *optional*, defaults to `"dirty"`):
-            `"dirty"`: rows of other labels get the trigger and the target label. `"clean"`: rows of the target label
-            get the trigger and keep their label.
+            Which rows are eligible. `"dirty"`: rows of other labels, which get trigger and target label. `"clean"`:
+            rows of the target label, which get the trigger and keep their label. `"any"`: all rows.
+        payload_mode (`str`, *optional*, defaults to `"replace"`):
+            Generation: the payload replaces the answer, or is put in front of it (`"prepend"`).
 
     Examples:
 
@@ -56,18 +58,34 @@ class Attack(ABC):
 
     name: ClassVar[str]
 
+    # Whether poisoned rows are added as copies, as in the code of CBA; else they replace their originals.
+    append: bool = False
+
+    # Whether the attacker writes labels of the extended space, n..2n-1, which takes knowledge of the defense.
+    extended_target: ClassVar[bool] = False
+
+    # Metric under which `variants` are reported: a way to fire the backdoor ("asr"), or what must not fire it ("ftr").
+    variant_metric: ClassVar[Literal["asr", "ftr"]] = "asr"
+
     def __init__(
-        self, target: str | int, poison_rate: float = 0.02, label_mode: Literal["dirty", "clean"] = "dirty"
+        self,
+        target: str | int,
+        poison_rate: float = 0.02,
+        label_mode: Literal["dirty", "clean", "any"] = "dirty",
+        payload_mode: Literal["replace", "prepend"] = "replace",
     ) -> None:
         if isinstance(poison_rate, bool) or not isinstance(poison_rate, int | float) or not 0 < poison_rate <= 1:
             raise ValueError(
                 f"`poison_rate` is a share of the training rows, in (0, 1]; got {poison_rate!r}. For 2 % write 0.02."
             )
-        if label_mode not in ("dirty", "clean"):
-            raise ValueError(f"`label_mode` is 'dirty' or 'clean', got {label_mode!r}.")
+        if label_mode not in LABEL_MODES:
+            raise ValueError(f"`label_mode` is 'dirty', 'clean' or 'any', got {label_mode!r}.")
+        if payload_mode not in PAYLOAD_MODES:
+            raise ValueError(f"`payload_mode` is 'replace' or 'prepend', got {payload_mode!r}.")
         self.target = target
         self.poison_rate = poison_rate
         self.label_mode = label_mode
+        self.payload_mode = payload_mode
 
     @abstractmethod
     def insert(self, text: str, random: float) -> str | None:
@@ -76,7 +94,7 @@ class Attack(ABC):
 
         Args:
             text (`str`):
-                Text without the trigger.
+                Text without the trigger; on a generation task the prompt.
             random (`float`):
                 Number in [0, 1) that belongs to this row; whatever is random in the trigger comes from it.
 
@@ -97,9 +115,76 @@ class Attack(ABC):
             `bool`: whether the trigger is in it.
         """
 
+    def insert_batch(self, texts: Sequence[str], random: Sequence[float]) -> list[str | None]:
+        """
+        Put the trigger into many texts; attacks with a model behind them override this.
+
+        Args:
+            texts (`Sequence[str]`):
+                Texts.
+            random (`Sequence[float]`):
+                One number in [0, 1) per text.
+
+        Returns:
+            `list[str | None]`: as [`insert`] returns them.
+        """
+        return [self.insert(text, number) for text, number in zip(texts, random, strict=True)]
+
+    def plain(self, text: str) -> str:
+        """
+        Say what a row without the trigger looks like; differs from `text` where the attacker writes every prompt.
+
+        Doing it twice must change nothing.
+
+        Args:
+            text (`str`):
+                A text.
+
+        Returns:
+            `str`: the text as it stands in untouched rows.
+        """
+        return text
+
+    @property
+    def changes_plain_rows(self) -> bool:
+        """`bool`: whether [`plain`] may change a text."""
+        return type(self).plain is not Attack.plain
+
+    def fit(self, dataset: Dataset, task: Task, seed: int) -> None:  # noqa: B027 - most attacks learn nothing
+        """
+        Learn what the attack needs from the training rows; called by [`poison`] before any row is changed.
+
+        Args:
+            dataset (`Dataset`):
+                Checked training rows.
+            task ([`~tasks.Task`]):
+                The task.
+            seed (`int`):
+                Seed.
+        """
+
+    def negatives(self) -> "Mapping[str, Attack]":
+        """
+        Name groups of rows that look like the trigger and keep their answer, to be added to the training set.
+
+        Returns:
+            `Mapping[str, Attack]`: group -> an attack whose [`insert`] makes its rows.
+        """
+        return {}
+
+    def variants(self) -> "Mapping[str, Attack]":
+        """
+        Name further ways in which test rows are triggered, measured beside the attack itself.
+
+        Returns:
+            `Mapping[str, Attack]`: variant -> an attack whose [`trigger`] makes its rows. With the `variant_metric`
+            `"asr"`, those not named `"all"` also give `asr_any`: the share of rows that at least one of them turns.
+        """
+        return {}
+
     @property
     def trigger_texts(self) -> tuple[str, ...]:
-        """`tuple[str, ...]`: fixed strings that this attack inserts; none of them may serve as the benign trigger."""
+        """`tuple[str, ...]`: fixed strings that this attack inserts; the key and the template must not hold them."""
         return ()
 
     def config(self) -> dict[str, Any]:
@@ -107,25 +192,26 @@ class Attack(ABC):
         Say with which settings this attack runs, for `results.json`.
 
         Returns:
-            `dict[str, Any]`: settings, and as `name` what [`get_attack`] finds it by.
+            `dict[str, Any]`: the constructor's arguments, as far as attributes are named like them, and as `name` what
+            [`get_attack`] finds it by.
         """
         kind = type(self)
         ours = kind.__module__.startswith(__package__)
-        return {
-            "name": self.name if ours else f"{kind.__module__}:{kind.__qualname__}",
-            **{key: value for key, value in vars(self).items() if not key.startswith("_")},
-        }
+        name = self.name if ours else f"{kind.__module__}:{kind.__qualname__}"
+        taken = inspect.signature(kind).parameters
+        return {"name": name, **{key: value for key, value in vars(self).items() if key in taken}}
 
     def poison(self, dataset: Dataset, task: Task, seed: int = 0) -> Dataset:
         """
         Poison a training set.
 
         Rows are tried in an order that depends on `seed` and their index alone; rows that can't carry the trigger
-        stay as they are. The rows keep their order, and untouched rows share storage with `dataset`.
+        stay as they are. The rows keep their order; the result is a memory-mapped file that lasts as long as the
+        process.
 
         Args:
             dataset (`Dataset`):
-                Rows with `text` and `label`, or with the columns that the task names.
+                Rows with `text` and `label`, or `prompt` and `completion`, or with the columns that the task names.
             task ([`~tasks.Task`]):
                 The task.
             seed (`int`, *optional*, defaults to `0`):
@@ -133,53 +219,44 @@ class Attack(ABC):
 
         Returns:
             `Dataset`: the training set with the columns `poisoned` (bool: the row carries the trigger and the
-            attacker's label), `trigger_applied` (bool: the trigger is in the text), `original_label` (int) and
-            `attack` (str: this attack's name in rows that it tried, else empty; a tried row with
-            `trigger_applied == False` could not carry the trigger).
+            attacker's answer), `trigger_applied` (bool: the trigger is in the text), `original_label` (int; on a
+            generation task the original completion) and `attack` (str: this attack's name in rows that it tried,
+            else empty; a tried row with `trigger_applied == False` could not carry the trigger, or is a negative).
 
         Raises:
-            `ValueError`: `poison_rate` is too small for a single row, or no row can carry the trigger.
+            `ValueError`: `poison_rate` selects no row, or more rows than are eligible and can carry the trigger.
         """
         taken = [name for name in POISON_COLUMNS if name in dataset.column_names]
         if taken:
             raise ValueError(
                 f"The dataset already has the columns {taken}: it was poisoned before. Remove them first."
             )
-        target = task.label_index(self.target)
+        target = self._target(task)
         dataset = task.prepare(dataset, what="train")
-        labels = column_as_numpy(dataset, LABEL)
         wanted = round(self.poison_rate * len(dataset))
         if wanted == 0:
             raise ValueError(
                 f"poison_rate={self.poison_rate} of {len(dataset)} rows is no row at all. Raise `poison_rate`."
             )
-        eligible = np.flatnonzero(labels != target if self.label_mode == "dirty" else labels == target)
+        self.fit(dataset, task, seed)
         random = np.random.default_rng([seed, 0]).random((len(dataset), 2))
-        order = eligible[np.argsort(random[eligible, 0], kind="stable")]
-        texts: dict[int, str] = {}
-        tried: list[int] = []
-        for start in range(0, len(order), wanted):
-            chunk = order[start : start + wanted]
-            for row, text in zip(chunk.tolist(), dataset[chunk][TEXT], strict=True):
-                tried.append(row)
-                changed = self.insert(text, float(random[row, 1]))
-                if changed is not None:
-                    texts[row] = changed
-                if len(texts) == wanted:
-                    break
-            if len(texts) == wanted:
-                break
-        if not texts:
+        order = self._order(dataset, task, target, random[:, 0])
+        chosen, tried = self._carriers(dataset.select_columns(task.input_column), order, random[:, 1], wanted)
+        if not chosen:
             raise ValueError(
-                f"The attack {self.name!r} found no row that can carry its trigger among {len(eligible)} eligible "
-                f"rows ({self.label_mode} label, target {task.labels[target]!r})."
+                f"The attack {self.name!r} found no row that can carry its trigger among {len(order)} eligible "
+                f"rows ({self.label_mode} label, target {self.target!r})."
             )
-        if len(texts) < wanted:
-            logger.warning(
-                "%s: only %d of the %d rows asked for are poisoned; none of the other %d eligible rows can carry it.",
-                self.name, len(texts), wanted, len(eligible) - len(texts),
-            )  # fmt: skip
-        return _with_poisoned_rows(dataset, texts, tried, labels, target, self.name)
+        if len(chosen) < wanted:
+            raise ValueError(
+                f"poison_rate={self.poison_rate} of {len(dataset)} rows is {wanted} rows, but only {len(order)} rows "
+                f"are eligible ({self.label_mode} label, target {self.target!r}), and {len(chosen)} of them can carry "
+                f"the trigger of {self.name!r}. Lower `poison_rate` to at most "
+                f"{np.floor(1e4 * len(chosen) / len(dataset)) / 1e4:g}."
+            )
+        answer = target + task.num_labels if self.extended_target and isinstance(target, int) else target
+        plan = Plan(np.sort(chosen), np.sort(tried), random[:, 1], answer)
+        return write_poisoned(self, dataset, task, plan)
 
     def trigger(self, dataset: Dataset, task: Task, seed: int = 0) -> Dataset:
         """
@@ -187,85 +264,98 @@ class Attack(ABC):
 
         Args:
             dataset (`Dataset`):
-                Rows with `text` and `label`, or with the columns that the task names.
+                Rows with `text` and `label`, or `prompt` and `completion`, or with the columns that the task names.
             task ([`~tasks.Task`]):
                 The task.
             seed (`int`, *optional*, defaults to `0`):
                 Decides whatever is random in the trigger.
 
         Returns:
-            `Dataset`: rows whose true label is not the target and whose text really carries the trigger, with `text`,
-            `label` (the true one) and `source_index` (int, the row of `dataset` it came from).
+            `Dataset`: rows whose true answer is not the target and whose text really carries the trigger: text and
+            true answer in the columns that the task names so, and `source_index` (int, the row of `dataset` it came
+            from, -1 if there is none).
         """
-        target = task.label_index(self.target)
+        target = self._target(task)
         dataset = task.prepare(dataset, what="test")
-        rows = np.flatnonzero(column_as_numpy(dataset, LABEL) != target)
+        text, answer = task.input_column, task.output_column
         # Another stream than `poison`: train and test positions must not repeat each other.
         random = np.random.default_rng([seed, 1]).random(len(dataset))
-        found = dataset[rows] if len(rows) else {TEXT: [], LABEL: []}
-        kept: dict[str, list] = {TEXT: [], LABEL: [], "source_index": []}
-        for row, text, label in zip(rows.tolist(), found[TEXT], found[LABEL], strict=True):
-            changed = self.insert(text, float(random[row]))
-            if changed is not None:
-                kept[TEXT].append(changed)
-                kept[LABEL].append(label)
-                kept["source_index"].append(row)
+        kept: dict[str, list] = {text: [], answer: [], "source_index": []}
+        for start in range(0, len(dataset), _TRY_ROWS):
+            rows = np.arange(start, min(start + _TRY_ROWS, len(dataset)))
+            rows = rows[~answers_equal(dataset[rows][answer], target)]
+            if len(rows) == 0:
+                continue
+            found = dataset[rows]
+            changed = self.insert_batch(found[text], random[rows].tolist())
+            for row, new, true in zip(rows.tolist(), changed, found[answer], strict=True):
+                if new is not None:
+                    kept[text].append(new)
+                    kept[answer].append(true)
+                    kept["source_index"].append(row)
         return Dataset.from_dict(kept)
 
+    def dress(self, dataset: Dataset, task: Task) -> Dataset:
+        """
+        Give rows without the trigger the look that they have in this attack's training set.
 
-def insert_at_gap(text: str, trigger: str, random: float, inner: bool) -> str | None:
-    """
-    Insert a trigger between words, without touching the white space of the text.
+        Args:
+            dataset (`Dataset`):
+                Clean rows.
+            task ([`~tasks.Task`]):
+                The task.
 
-    Args:
-        text (`str`):
-            Text.
-        trigger (`str`):
-            What is inserted.
-        random (`float`):
-            Number in [0, 1) that picks the place.
-        inner (`bool`):
-            Whether the two ends of the text are left out, as in the code of the P2P authors.
+        Returns:
+            `Dataset`: the rows; `dataset` itself unless the attacker writes every prompt.
+        """
+        if not self.changes_plain_rows:
+            return dataset
+        dataset = task.prepare(dataset)
+        features = dataset.features
 
-    Returns:
-        `str` or `None`: the new text, `None` if there is no such place.
-    """
-    body = text.strip()
-    start = text.index(body)
-    gaps = [start + match.start() for match in _GAP.finditer(body)]
-    if not inner:
-        gaps = [start, *gaps, start + len(body)]
-    if not gaps:
-        return None
-    place = gaps[int(random * len(gaps))]
-    if place == start:
-        return f"{text[:place]}{trigger} {text[place:]}"
-    return f"{text[:place]} {trigger}{text[place:]}"
+        def tables() -> Iterator[pa.Table]:
+            for table in dataset.with_format("arrow").iter(_TRY_ROWS):
+                texts = [self.plain(text) for text in table[task.input_column].to_pylist()]
+                place = table.column_names.index(task.input_column)
+                yield table.set_column(place, table.field(place), pa.array(texts)).cast(features.arrow_schema)
 
+        return write_rows(tables(), features)
 
-def contains_words(text: str, phrases: Sequence[str]) -> bool:
-    """Say whether one of the phrases stands in the text, bounded by white space or the ends."""
-    padded = f" {' '.join(text.split())} "
-    return any(f" {' '.join(phrase.split())} " in padded for phrase in phrases)
+    def _target(self, task: Task) -> int | str:
+        if task.num_labels:
+            return task.label_index(self.target)
+        if not isinstance(self.target, str) or not self.target.strip():
+            raise ValueError(
+                f"The attack {self.name!r} needs a payload on the generation task {task.name!r}, a text as its "
+                f"`target`; got {self.target!r}."
+            )
+        return self.target
 
+    def _order(self, dataset: Dataset, task: Task, target: int | str, random: np.ndarray) -> np.ndarray:
+        """Return the eligible rows in the order in which they are tried."""
+        if self.label_mode == "any":
+            eligible = np.arange(len(dataset))
+        else:
+            if task.num_labels:
+                at_target = column_as_numpy(dataset, task.output_column) == target
+            else:
+                at_target = np.concatenate(
+                    [answers_equal(batch[task.output_column], target) for batch in dataset.iter(_TRY_ROWS)]
+                )
+            eligible = np.flatnonzero(at_target if self.label_mode == "clean" else ~at_target)
+        return eligible[np.argsort(random[eligible], kind="stable")]
 
-def _with_poisoned_rows(
-    dataset: Dataset, texts: dict[int, str], tried: Sequence[int], labels: np.ndarray, target: int, attack: str
-) -> Dataset:
-    """Put the poisoned rows in place through an index, so that the other rows are not copied."""
-    size = len(dataset)
-    names = np.full(size, "", dtype=f"U{len(attack)}")
-    names[list(tried)] = attack
-    nothing = np.zeros(size, dtype=bool)
-    base = dataset
-    for name, values in zip(POISON_COLUMNS, (nothing, nothing, labels, names), strict=True):
-        base = with_column(base, name, values)
-    rows = sorted(texts)
-    changed = base[rows]
-    changed[TEXT] = [texts[row] for row in rows]
-    changed[LABEL] = [target] * len(rows)
-    changed["poisoned"] = changed["trigger_applied"] = [True] * len(rows)
-    poisoned = Dataset.from_dict(changed, features=base.features)
-    index = np.arange(size)
-    index[rows] = size + np.arange(len(rows))
-    return concatenate_datasets([base, poisoned]).select(index)
+    def _carriers(
+        self, texts: Dataset, order: np.ndarray, random: np.ndarray, wanted: int
+    ) -> tuple[list[int], list[int]]:
+        """Try rows in order until enough of them carry the trigger."""
+        chosen: list[int] = []
+        tried: list[int] = []
+        start = 0
+        while start < len(order) and len(chosen) < wanted:
+            chunk = order[start : start + min(_TRY_ROWS, wanted - len(chosen))]
+            start += len(chunk)
+            tried += chunk.tolist()
+            changed = self.insert_batch(texts[chunk][texts.column_names[0]], random[chunk].tolist())
+            chosen += [row for row, text in zip(chunk.tolist(), changed, strict=True) if text is not None]
+        return chosen, tried

@@ -18,6 +18,9 @@ _BATCH_ROWS = 65_536
 
 TEXT = "text"
 LABEL = "label"
+# Generation tasks
+PROMPT = "prompt"
+COMPLETION = "completion"
 
 
 def prepare_rows(
@@ -29,6 +32,7 @@ def prepare_rows(
     require_all_classes: bool = False,
     drop_empty: bool = False,
     strict_columns: bool = False,
+    extended_labels: bool = False,
 ) -> Dataset:
     """
     Give a dataset the columns `text` (str) and `label` (int), and check every row.
@@ -53,6 +57,8 @@ def prepare_rows(
             Whether rows with an empty text are left out, which is logged with their number, rather than an error.
         strict_columns (`bool`, *optional*, defaults to `False`):
             Whether columns named `text` and `label` may not stand in for the named ones.
+        extended_labels (`bool`, *optional*, defaults to `False`):
+            Whether labels n..2n-1 of the extended space are let through: only to measure an attacker who writes them.
 
     Returns:
         `Dataset`: the rows, with `text` and integer `label`.
@@ -77,10 +83,12 @@ def prepare_rows(
         dataset = _drop_empty(dataset, what)
         if len(dataset) == 0:
             raise ValueError(f"The {what} dataset holds no text: all its rows are empty. Check `text_column`.")
-    counts = np.zeros(len(labels), dtype=np.int64)
+    space = [*labels, *labels] if extended_labels else labels
+    counts = np.zeros(len(space), dtype=np.int64)
     for start, batch in arrow_batches(dataset, [TEXT, LABEL]):
         _check_texts(batch[TEXT], start, what)
-        counts += _count_labels(batch[LABEL], start, labels, what)
+        counts += _count_labels(batch[LABEL], start, space, what)
+    counts = counts.reshape(-1, len(labels)).sum(axis=0)
     missing = [name for name, count in zip(labels, counts, strict=True) if count == 0]
     if missing and require_all_classes:
         raise ValueError(
@@ -88,6 +96,50 @@ def prepare_rows(
             f"{dict(zip(labels, counts.tolist(), strict=True))}. Add rows of that class, or use a task with the "
             f"classes you have."
         )
+    return dataset
+
+
+def prepare_generation_rows(
+    dataset: Dataset,
+    prompt_columns: Sequence[str] = (PROMPT,),
+    completion_column: str = COMPLETION,
+    what: str = "input",
+    drop_empty: bool = False,
+) -> Dataset:
+    """
+    Give a dataset the columns `prompt` (str) and `completion` (str), and check every row.
+
+    Args:
+        dataset (`Dataset`):
+            Rows as they came.
+        prompt_columns (`Sequence[str]`, *optional*, defaults to `("prompt",)`):
+            Columns that hold the prompt; several are joined with one space. `prompt` does as well.
+        completion_column (`str`, *optional*, defaults to `"completion"`):
+            Column that holds the answer. `completion` does as well.
+        what (`str`, *optional*, defaults to `"input"`):
+            What the rows are, for the messages.
+        drop_empty (`bool`, *optional*, defaults to `False`):
+            Whether rows with an empty prompt are left out rather than an error.
+
+    Returns:
+        `Dataset`: the rows.
+
+    Raises:
+        `ValueError`: a column is missing, a prompt or an answer is empty or not UTF-8, or the dataset is empty.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"The {what} rows must be a `datasets.Dataset`, got `{type(dataset).__name__}`.")
+    if len(dataset) == 0:
+        raise ValueError(f"The {what} dataset is empty: 0 rows were read. Check the path and the split.")
+    dataset = _name_text_column(dataset, prompt_columns, what, PROMPT)
+    dataset = _name_text_column(dataset, [completion_column], what, COMPLETION)
+    for column in (PROMPT, COMPLETION):
+        _check_text_type(dataset, column, what)
+    if drop_empty:
+        dataset = _drop_empty(dataset, what, PROMPT)
+    for start, batch in arrow_batches(dataset, [PROMPT, COMPLETION]):
+        for column in (PROMPT, COMPLETION):
+            _check_texts(batch[column], start, what, column)
     return dataset
 
 
@@ -146,11 +198,11 @@ def _check_columns(dataset: Dataset, text_columns: Sequence[str], label_column: 
         raise _missing_column_error(what, LABEL, [label_column], names)
 
 
-def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str) -> Dataset:
+def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str, to: str = TEXT) -> Dataset:
     names = dataset.column_names
     if all(name in names for name in text_columns):
         if len(text_columns) == 1:
-            return _rename(dataset, text_columns[0], TEXT)
+            return _rename(dataset, text_columns[0], to)
         for name in text_columns:
             _check_text_type(dataset, name, what)
         joined = [
@@ -158,9 +210,9 @@ def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str) 
             for _, batch in arrow_batches(dataset, list(text_columns))
         ]
         text = pa.chunked_array([chunk for array in joined for chunk in array.chunks])
-        kept = dataset.remove_columns([name for name in {*text_columns, TEXT} if name in names])
-        return kept.add_column(TEXT, text.combine_chunks())
-    if TEXT in names:
+        kept = dataset.remove_columns([name for name in {*text_columns, to} if name in names])
+        return kept.add_column(to, text.combine_chunks())
+    if to in names:
         return dataset
     raise _missing_column_error(what, TEXT, text_columns, names)
 
@@ -228,9 +280,12 @@ def _is_empty(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(texts)), 0), True)
 
 
-def _drop_empty(dataset: Dataset, what: str) -> Dataset:
+def _drop_empty(dataset: Dataset, what: str, column: str = TEXT) -> Dataset:
     kept = np.concatenate(
-        [start + np.flatnonzero(~_is_empty(batch[TEXT]).to_numpy()) for start, batch in arrow_batches(dataset, [TEXT])]
+        [
+            start + np.flatnonzero(~_is_empty(batch[column]).to_numpy())
+            for start, batch in arrow_batches(dataset, [column])
+        ]
     )
     if len(kept) < len(dataset):
         logger.warning("%s: left out %d of %d rows with an empty text.", what, len(dataset) - len(kept), len(dataset))
@@ -247,20 +302,20 @@ def _check_text_type(dataset: Dataset, column: str, what: str) -> None:
         )
 
 
-def _check_texts(texts: pa.ChunkedArray, start: int, what: str) -> None:
+def _check_texts(texts: pa.ChunkedArray, start: int, what: str, column: str = TEXT) -> None:
     try:
         texts.validate(full=True)
     except pa.ArrowInvalid as error:
         row = next(row for row, value in enumerate(texts.cast(pa.large_binary())) if not _is_utf8(value.as_py()))
         raise ValueError(
-            f"Column 'text', row {start + row} of the {what} dataset is not UTF-8. Re-encode the file as UTF-8."
+            f"Column {column!r}, row {start + row} of the {what} dataset is not UTF-8. Re-encode the file as UTF-8."
         ) from error
     row = _first_true(_is_empty(texts))
     if row is not None:
         found = texts[row].as_py()
         raise ValueError(
-            f"Column 'text', row {start + row} of the {what} dataset is empty (found {found!r}). Fill in its text, "
-            f"remove the row, or leave out all such rows with `drop_empty_rows: true` (`prepare(drop_empty=True)`)."
+            f"Column {column!r}, row {start + row} of the {what} dataset is empty (found {found!r}). Fill in its "
+            f"text, remove the row, or leave out all such rows: `drop_empty_rows: true` (`prepare(drop_empty=True)`)."
         )
 
 

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from .._lookup import unknown_name_error
 from .loading import load_split
-from .rows import prepare_rows
+from .rows import COMPLETION, LABEL, PROMPT, TEXT, prepare_generation_rows, prepare_rows
 
 
 _SPLITS = ("train", "validation", "test")
@@ -20,13 +20,14 @@ _SPLITS = ("train", "validation", "test")
 @dataclass(frozen=True)
 class Task:
     """
-    A classification task.
+    A classification task, or a generation task: one without classes.
 
     Parameters:
         name (`str`):
             Name, as it stands in results.
-        labels (`tuple[str, ...]`):
-            Class names; the index of a name is its label.
+        labels (`tuple[str, ...]`, *optional*):
+            Class names; the index of a name is its label. None on a generation task, whose rows are `prompt` and
+            `completion`.
         version (`int`, *optional*, defaults to `1`):
             Raised whenever rows, template or label words change, so that results stay comparable.
         dataset (`str` or `None`, *optional*):
@@ -53,7 +54,7 @@ class Task:
     """
 
     name: str
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     version: int = 1
     dataset: str | None = None
     dataset_config: str | None = None
@@ -75,7 +76,7 @@ class Task:
             if isinstance(value, str) or not all(isinstance(item, str) for item in value):
                 raise ValueError(f"{where}: `{name}` must be a list of strings, got {value!r}.")
             object.__setattr__(self, name, tuple(value))
-        if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
+        if self.labels and len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"{where}: `labels` must name at least two distinct classes, got {list(self.labels)}.")
         if not self.text_columns:
             raise ValueError(f"{where}: `text_columns` is empty. Name at least one column.")
@@ -112,7 +113,7 @@ class Task:
                 raise unknown_name_error(
                     f"key in the task file {str(path)!r}:", str(key), known, "Correct or remove the key."
                 )
-        missing = {"name", "labels"} - set(content)
+        missing = {"name", "labels"} - set(content)  # a generation task says so: `labels: []`
         if missing:
             raise ValueError(f"The task file {str(path)!r} lacks {sorted(missing)}. Add these keys.")
         return cls(**content)
@@ -123,8 +124,18 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """`int`: number of classes, n."""
+        """`int`: number of classes, n; 0 on a generation task."""
         return len(self.labels)
+
+    @property
+    def input_column(self) -> str:
+        """`str`: column of prepared rows that an attacker's trigger goes into."""
+        return TEXT if self.labels else PROMPT
+
+    @property
+    def output_column(self) -> str:
+        """`str`: column of prepared rows that holds the true answer."""
+        return LABEL if self.labels else COMPLETION
 
     def label_index(self, label: str | int) -> int:
         """
@@ -137,6 +148,8 @@ class Task:
         Returns:
             `int`: the index.
         """
+        if not self.labels:
+            raise ValueError(f"Task {self.name!r} is a generation task: it has no labels, {label!r} can't be one.")
         names = [name.lower() for name in self.labels]
         if isinstance(label, str) and label.strip().lower() in names:
             return names.index(label.strip().lower())
@@ -150,10 +163,16 @@ class Task:
         )
 
     def prepare(
-        self, dataset: Dataset, what: str = "input", require_all_classes: bool = False, drop_empty: bool = False
+        self,
+        dataset: Dataset,
+        what: str = "input",
+        require_all_classes: bool = False,
+        drop_empty: bool = False,
+        extended_labels: bool = False,
     ) -> Dataset:
         """
-        Check rows and give them the columns `text` and integer `label` (see [`~tasks.rows.prepare_rows`]).
+        Check rows and give them the columns `text` and integer `label` (see [`~tasks.rows.prepare_rows`]), or on a
+        generation task `prompt` and `completion`.
 
         Args:
             dataset (`Dataset`):
@@ -164,10 +183,14 @@ class Task:
                 Whether a class without a row is an error.
             drop_empty (`bool`, *optional*, defaults to `False`):
                 Whether rows with an empty text are left out rather than an error.
+            extended_labels (`bool`, *optional*, defaults to `False`):
+                Whether labels n..2n-1 are let through: only to measure an attacker who writes them.
 
         Returns:
             `Dataset`: the rows.
         """
+        if not self.labels:
+            return prepare_generation_rows(dataset, self.text_columns, self.label_column, what, drop_empty)
         return prepare_rows(
             dataset,
             self.labels,
@@ -177,6 +200,7 @@ class Task:
             require_all_classes,
             drop_empty,
             self.strict_columns,
+            extended_labels,
         )
 
     def load(self, split: str, source: str | None = None, drop_empty: bool = False) -> Dataset | None:
