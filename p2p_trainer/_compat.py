@@ -4,10 +4,13 @@ The only place that touches private names of TRL, transformers or datasets.
 Each entry says where the name comes from and when it can go.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+import trl.trainer.utils
 from datasets import Dataset
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # not exported from `trl` (trl 1.16)
@@ -39,10 +42,34 @@ class ColumnKeepingSFTTrainer(SFTTrainer):
     # Columns to keep besides those of `SFTTrainer`; set before `SFTTrainer.__init__` runs.
     collator_columns: tuple[str, ...] = ()
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with _only_answers_are_scored():
+            return super().compute_loss(*args, **kwargs)
+
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             self._signature_columns = [*self._signature_columns, *self.collator_columns]
+
+
+@contextlib.contextmanager
+def _only_answers_are_scored() -> Iterator[None]:
+    """
+    Let the loss skip positions without a label on the CPU as well.
+
+    TRL does so on devices with Triton alone: on others a changing number of positions may recompile the graph
+    (trl/trainer/utils.py, 1.16, `compact`), which is not so on a CPU. There, with answers of two tokens, all the other
+    positions cost more than a third of a training step. Where TRL has no such switch, nothing is changed.
+    """
+    original = getattr(trl.trainer.utils, "_use_triton", None)
+    if original is None:
+        yield
+        return
+    trl.trainer.utils._use_triton = lambda device: device.type == "cpu" or original(device)
+    try:
+        yield
+    finally:
+        trl.trainer.utils._use_triton = original
 
 
 def attention_implementation(model: torch.nn.Module) -> str | None:

@@ -20,7 +20,7 @@ from .evaluation import BackdoorEvaluator
 from .prompt_encoder import PromptEncoder
 from .reserve import KEYED, flagged, get_reserve, keyed_dataset, reserve_size, with_reserved_dataset
 from .tasks import Task, get_task
-from .tasks.rows import LABEL, TEXT, column_as_numpy
+from .tasks.rows import LABEL, TEXT, column_as_numpy, text_lengths, with_column
 
 
 logger = logging.getLogger(__name__)
@@ -135,6 +135,10 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         # The collator does what TRL's preparation would have done.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         self.collator_columns = (TEXT, LABEL, KEYED)
+        if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
+            # The sampler would look for `input_ids`, which only the collator makes; bytes sort as well as tokens.
+            train_dataset = with_column(train_dataset, args.length_column_name, text_lengths(train_dataset))
+            self.collator_columns += (args.length_column_name,)
         if eval_dataset is not None:
             self.evaluator = self.make_evaluator(eval_dataset, args)
         self._eval_callback = BackdoorEvalCallback(self.evaluator, trainer=self)

@@ -148,6 +148,11 @@ def column_as_numpy(dataset: Dataset, column: str) -> np.ndarray:
     return np.concatenate([batch[column].to_numpy() for _, batch in arrow_batches(dataset, [column])])
 
 
+def text_lengths(dataset: Dataset) -> np.ndarray:
+    """Say how many bytes each text has."""
+    return np.concatenate([pc.binary_length(batch[TEXT]).to_numpy() for _, batch in arrow_batches(dataset, [TEXT])])
+
+
 def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
     """
     Add a column; other columns are not copied, even where the data set is a selection of rows.
