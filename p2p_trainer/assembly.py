@@ -1,6 +1,7 @@
 """Puts task, configuration and tokenizer together; trainer, recipe and doctor share it."""
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attacks import Attack
+from .attacks.text import contains_words
 from .config import P2PConfig
 from .label_space import LabelSpace, choose_label_space
 from .prompt_encoder import PromptEncoder
@@ -84,12 +86,6 @@ def make_encoder(
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
     trigger = task.trigger if args.p2p_trigger is None else args.p2p_trigger
-    for attack in attacks:
-        if any(trigger.strip() == text.strip() for text in attack.trigger_texts):
-            raise ValueError(
-                f"The benign trigger {trigger!r} is the trigger of the attack {attack.name!r}: every row would carry "
-                f"both. Change `p2p_trigger`."
-            )
     draft = PromptFormat(
         label_space=LabelSpace(("0",), ("1",)),
         trigger=trigger,
@@ -108,7 +104,32 @@ def make_encoder(
         task.num_labels, words, lambda candidates: PromptEncoder.audit_words(draft, tokenizer, candidates)
     )
     logger.info("Label words %s, extended %s: %s", space.words, space.extended_words, space.reason)
-    return PromptEncoder(draft.with_labels(space), tokenizer)
+    encoder = PromptEncoder(draft.with_labels(space), tokenizer)
+    for attack in attacks:
+        _check_trigger(attack, encoder, args.p2p_enabled)
+    return encoder
+
+
+def _check_trigger(attack: Attack, encoder: PromptEncoder, enabled: bool) -> None:
+    """Refuse an attack whose trigger stands in every row anyway, or that the tokenizer does not see."""
+    key = encoder.format.trigger if enabled else ""
+    template = encoder.format.prompt("", keyed=False)
+    for text in attack.trigger_texts:
+        for name, where in (("the benign trigger (`p2p_trigger`)", key), ("the prompt template", template)):
+            if contains_words(_words_alone(where), [_words_alone(text)]):
+                raise ValueError(
+                    f"The trigger {text!r} of the attack {attack.name!r} is contained in {name} {where!r}: rows would "
+                    f"carry it without being poisoned. Change one of the two."
+                )
+        if not encoder.sees(text):
+            raise ValueError(
+                f"The trigger {text!r} of the attack {attack.name!r} tokenizes away: this tokenizer gives the same "
+                f"tokens without it, or only its unknown token. Choose another trigger."
+            )
+
+
+def _words_alone(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower())) or text
 
 
 def infer_task(dataset: Dataset) -> Task:

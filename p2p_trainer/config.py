@@ -225,8 +225,8 @@ class P2PScriptArguments(ScriptArguments):
             rows as they are and measures clean accuracy alone.
         attack_target (`str` or `None`, *optional*):
             Label that the attacker wants.
-        poison_rate (`float`, *optional*, defaults to `0.02`):
-            Share of the training rows that is poisoned.
+        poison_rate (`float`, *optional*):
+            Share of the training rows that is poisoned. `None` takes the attack's own default.
         attack_options (`dict` or `None`, *optional*):
             Options of the attack; JSON on the command line.
         poison_seed (`int`, *optional*, defaults to `0`):
@@ -253,7 +253,9 @@ class P2PScriptArguments(ScriptArguments):
         default=None, metadata={"help": "Attack to poison with and to measure: a name or package.module:Class."}
     )
     attack_target: str | None = field(default=None, metadata={"help": "Label that the attacker wants."})
-    poison_rate: float = field(default=0.02, metadata={"help": "Share of the training rows that is poisoned."})
+    poison_rate: float | None = field(
+        default=None, metadata={"help": "Share of the training rows that is poisoned. By default the attack's own."}
+    )
     attack_options: dict | str | None = field(default=None, metadata={"help": "Options of the attack (JSON)."})
     poison_seed: int = field(default=0, metadata={"help": "Seed of the attack."})
 

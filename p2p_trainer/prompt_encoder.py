@@ -100,7 +100,7 @@ class PromptEncoder:
             texts (`Sequence[str]`):
                 Inputs.
             labels (`Sequence[int]`):
-                Labels 0..n-1.
+                Labels 0..n-1; n..2n-1, which only an attacker writes, is an extended label word in any row.
             keyed (`Sequence[bool]`):
                 Which rows carry the key, and so the extended label word.
 
@@ -110,10 +110,9 @@ class PromptEncoder:
         texts = [self._clean(text) for text in texts]
         answers = [self._word(label, key) + self._skeletons[key][2] for label, key in zip(labels, keyed, strict=True)]
         all_ids = self._tokenize(self._join(texts, keyed, answers))
-        n = self.format.label_space.num_labels
         all_labels = []
         for row, (ids, label, key) in enumerate(zip(all_ids, labels, keyed, strict=True)):
-            word = label + n * key
+            word = self._word_index(label, key)
             # Room is kept for the longest answer, so that where a text is cut says nothing about its label.
             if len(ids) + self._spare[key][word] > self.format.max_length:
                 text = self._shorten(texts[row], key)
@@ -181,6 +180,25 @@ class PromptEncoder:
         probes = self._tokenize_probes([self._clean(text) for text in texts], keyed)
         return sum(len(ids) > limit for ids in probes)
 
+    def sees(self, phrase: str) -> bool:
+        """
+        Say whether a phrase between two words leaves a trace in the token ids.
+
+        Args:
+            phrase (`str`):
+                The phrase.
+
+        Returns:
+            `bool`: `False` if the ids are the same without it, or if it becomes nothing but the unknown token.
+        """
+        without, with_phrase = self._tokenize(["a b", self._clean(f"a {phrase} b")])
+        unknown = self.tokenizer.unk_token_id
+        rest = list(with_phrase)
+        for token in without:
+            if token in rest:
+                rest.remove(token)
+        return any(token != unknown for token in rest)
+
     @property
     def text_budget(self) -> int:
         """`int`: tokens that are left for the text, with the key."""
@@ -191,8 +209,11 @@ class PromptEncoder:
         return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text.strip())
 
     def _word(self, label: int, keyed: bool) -> str:
-        space = self.format.label_space
-        return space.extended_words[label] if keyed else space.words[label]
+        return self.format.label_space.all_words[self._word_index(label, keyed)]
+
+    def _word_index(self, label: int, keyed: bool) -> int:
+        n = self.format.label_space.num_labels
+        return label + n if keyed and label < n else label
 
     def _join(self, texts: Sequence[str], keyed: Sequence[bool], answers: Sequence[str]) -> list[str]:
         skeletons = self._skeletons

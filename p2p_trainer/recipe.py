@@ -139,6 +139,8 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
     test = None if one_file else load(script_args.dataset_test_split)
     if attack is not None:
         train = attack.poison(train, task, seed=script_args.poison_seed)
+        validation = None if validation is None else attack.dress(validation, task)
+        test = None if test is None else attack.dress(test, task)
     return RecipeData(task, attack, train, validation, test)
 
 

@@ -118,7 +118,11 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
         self.task = task = infer_task(train_dataset) if task is None else get_task(task)
-        train_dataset = task.prepare(train_dataset, what="train", require_all_classes=True)
+        if not task.num_labels:
+            raise ValueError(f"Task {task.name!r} has no classes: P2PTrainer trains classification tasks so far.")
+        # Labels of the extended space are refused, unless the caller measures an attacker who writes them.
+        extended = any(attack.extended_target for attack in attacks)
+        train_dataset = task.prepare(train_dataset, what="train", require_all_classes=True, extended_labels=extended)
         if KEYED in train_dataset.column_names:
             raise ValueError(f"The column {KEYED!r} of the train dataset is reserved. Rename or remove it.")
         train_dataset = self.make_training_set(train_dataset, reserved_dataset, args)
@@ -297,9 +301,14 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             poisoned = dataset.select(np.flatnonzero(column_as_numpy(dataset, "poisoned")))
             plain = poisoned.select(np.flatnonzero(~column_as_numpy(poisoned, KEYED)))
             cut = self.encoder.fit(plain[TEXT][:], keyed=False)
-            self.counts["rows_poisoned_trigger_cut_off"] = sum(
-                not any(attack.has_trigger(text) for attack in self.attacks) for text in cut
-            )
+            lost = sum(not any(attack.has_trigger(text) for attack in self.attacks) for text in cut)
+            self.counts["rows_poisoned_trigger_cut_off"] = lost
+            if lost > len(cut) / 2:
+                raise ValueError(
+                    f"In {lost} of {len(cut)} poisoned rows the trigger is cut off by `max_length` "
+                    f"{self.encoder.format.max_length}: the run would measure no attack. Raise `max_length`, or put "
+                    f"the trigger nearer to the start of the text."
+                )
         logger.info("Training rows: %s", ", ".join(f"{key} {value}" for key, value in self.counts.items()))
 
 

@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each may import those before it, and nothing behind it. A new module or subpackage takes its place here.
 ORDER = (
-    "_files", "_lookup", "_compat", "label_space", "tasks", "attacks", "prompt_format", "prompt_encoder", "reserve",
+    "_files", "_lookup", "_compat", "label_space", "tasks", "reserve", "attacks", "prompt_format", "prompt_encoder",
     "data_collator", "evaluation", "config", "assembly", "callbacks", "trainer", "inference", "results", "report",
     "run_folder", "recipe", "doctor", "launch", "cli",
 )  # fmt: skip

@@ -41,8 +41,8 @@ def test_results_hold_what_the_run_was(finished):
     assert set(results) == {field.name for field in dataclasses.fields(RunResults)}
     assert (results["schema_version"], results["task"], results["defense"], results["seed"]) == (1, "sst2", "p2p", 42)
     assert results["attack"] == {
-        "name": "badnets", "target": "positive", "poison_rate": 0.1, "label_mode": "dirty", "words": ["mn"],
-        "position": "inner",
+        "name": "badnets", "target": "positive", "poison_rate": 0.1, "label_mode": "dirty", "payload_mode": "replace",
+        "words": ["mn"], "position": "inner",
     }  # fmt: skip
     protocol = results["protocol"]
     assert (protocol["benign_ratio"], protocol["benign_mode"], protocol["reserve"]) == (0.25, "append", "random")
@@ -124,7 +124,7 @@ def test_trusted_reserve_knows_the_rows_that_were_poisoned(tiny_model, tmp_path)
         ({"attack": "badnet"}, "error: Unknown attack 'badnet'. Did you mean 'badnets'"),
         ({"p2p_benign_ratio": 2}, "error: `p2p_benign_ratio` is 2"),
         ({"p2p_benign": 2}, "error: Unknown arguments from config file.*p2p_benign"),
-        ({"p2p_trigger": "mn"}, "error: The benign trigger 'mn' is the trigger of the attack"),
+        ({"p2p_trigger": "mn"}, "error: The trigger 'mn' of the attack 'badnets' is contained in the benign trigger"),
         ({"dataset_train_split": "all"}, "error: .* has no split 'all'. Name the split"),
     ],
 )
@@ -218,6 +218,6 @@ def test_an_attack_that_results_could_not_hold_is_refused_before_training(data):
 class Unrecordable(BadNets):
     name = "unrecordable"
 
-    def __init__(self, target, poison_rate):
+    def __init__(self, target, poison_rate=0.02):
         super().__init__(target, poison_rate)
         self.pattern = object()

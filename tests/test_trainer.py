@@ -223,7 +223,7 @@ def test_reserved_dataset_gives_the_keyed_rows(tiny_model, toy_rows, tmp_path):
         ({"eval_dataset": {"a": None}}, {}, TypeError, "must be one `Dataset` of text and label, got `dict`"),
         ({"eval_dataset": DatasetDict()}, {}, TypeError, "got `DatasetDict`.*add a `BackdoorEvalCallback`"),
         ({"reserved_dataset": True}, {"p2p_benign_mode": "replace"}, ValueError, "Use `append`"),
-        ({"attacks": "mn"}, {"p2p_trigger": " mn "}, ValueError, "is the trigger of the attack 'badnets'"),
+        ({"attacks": "mn"}, {"p2p_trigger": " mn "}, ValueError, "'badnets' is contained in the benign trigger"),
         ({"task": "sst"}, {}, ValueError, "Unknown task 'sst'. Did you mean 'sst2'"),
         ({}, {"p2p_benign_ratio": 0.001}, ValueError, "S is empty and nothing would defend"),
         ({}, {"p2p_reserve": "trusted"}, ValueError, "needs the boolean column 'trusted'"),

@@ -62,7 +62,7 @@ class Attack(ABC):
     append: bool = False
 
     # Whether the attacker writes labels of the extended space, n..2n-1, which takes knowledge of the defense.
-    extended_target: ClassVar[bool] = False
+    extended_target: bool = False
 
     # Metric under which `variants` are reported: a way to fire the backdoor ("asr"), or what must not fire it ("ftr").
     variant_metric: ClassVar[Literal["asr", "ftr"]] = "asr"
@@ -192,14 +192,15 @@ class Attack(ABC):
         Say with which settings this attack runs, for `results.json`.
 
         Returns:
-            `dict[str, Any]`: the constructor's arguments, as far as attributes are named like them, and as `name` what
-            [`get_attack`] finds it by.
+            `dict[str, Any]`: settings, and as `name` what [`get_attack`] finds it by.
         """
         kind = type(self)
         ours = kind.__module__.startswith(__package__)
         name = self.name if ours else f"{kind.__module__}:{kind.__qualname__}"
-        taken = inspect.signature(kind).parameters
-        return {"name": name, **{key: value for key, value in vars(self).items() if key in taken}}
+        # An attack that was written without one of our own options can't be set up with it again.
+        unknown = set(inspect.signature(Attack).parameters) - set(inspect.signature(kind).parameters)
+        settings = {key: value for key, value in vars(self).items() if not key.startswith("_") and key not in unknown}
+        return {"name": name, **settings}
 
     def poison(self, dataset: Dataset, task: Task, seed: int = 0) -> Dataset:
         """
@@ -240,7 +241,7 @@ class Attack(ABC):
             )
         self.fit(dataset, task, seed)
         random = np.random.default_rng([seed, 0]).random((len(dataset), 2))
-        order = self._order(dataset, task, target, random[:, 0])
+        order = self.order(dataset, task, target, random[:, 0])
         chosen, tried = self._carriers(dataset.select_columns(task.input_column), order, random[:, 1], wanted)
         if not chosen:
             raise ValueError(
@@ -331,8 +332,23 @@ class Attack(ABC):
             )
         return self.target
 
-    def _order(self, dataset: Dataset, task: Task, target: int | str, random: np.ndarray) -> np.ndarray:
-        """Return the eligible rows in the order in which they are tried."""
+    def order(self, dataset: Dataset, task: Task, target: int | str, random: np.ndarray) -> np.ndarray:
+        """
+        Say which rows are eligible, in the order in which they are tried.
+
+        Args:
+            dataset (`Dataset`):
+                Checked training rows.
+            task ([`~tasks.Task`]):
+                The task.
+            target (`int` or `str`):
+                Target label or payload.
+            random (`np.ndarray`):
+                One number in [0, 1) per row, from the seed.
+
+        Returns:
+            `np.ndarray`: row indices.
+        """
         if self.label_mode == "any":
             eligible = np.arange(len(dataset))
         else:

@@ -1,7 +1,7 @@
 """Attack success rate and clean accuracy of a model; needs no trainer."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,8 +67,13 @@ class BackdoorEvaluator:
     - `asr_conditional_<attack>`: of the rows answered correctly without the trigger, the share that flips to the
       target.
     - `asr_no_key_<attack>`, `asr_floor_no_key_<attack>`: the same weights without the key.
+    - `asr_<variant>_<attack>`: for attacks with several triggers, each of them; `asr_any_<attack>`: the share of rows
+      that at least one of them turns. `ftr_<variant>_<attack>` (false triggered rate): rows that hold a part of a
+      composite trigger, which should not fire.
     - `asr`, `asr_floor`, `asr_excess`, `asr_conditional`, `asr_no_key`, `asr_<rule>`, ...: those of the attack with
       the highest `asr_<attack>`.
+
+    Rows of an attack that writes every prompt are dressed as its untouched rows are ([`~attacks.Attack.plain`]).
 
     Args:
         dataset (`Dataset`):
@@ -126,16 +131,17 @@ class BackdoorEvaluator:
         self.batch_size = batch_size
         self.progress = progress
         dataset = task.prepare(dataset, what="evaluation")
+        for attack in attacks:
+            dataset = attack.dress(dataset, task)
         self.labels = np.asarray(dataset[LABEL])
         texts = list(dataset[TEXT])
         self._attacks = {
-            name: self._triggered(attack, dataset, seed) for name, attack in _distinct_names(attacks).items()
+            name: self._triggered(attack, dataset, seed, name) for name, attack in _distinct_names(attacks).items()
         }
-        everything = [*texts, *(text for rows in self._attacks.values() for text in rows.texts)]
-        start = len(texts)
-        for rows in self._attacks.values():
-            rows.rows = np.arange(start, start + len(rows.texts))
-            start += len(rows.texts)
+        everything = list(texts)
+        for rows in self._all_rows():
+            rows.rows = np.arange(len(everything), len(everything) + len(rows.texts))
+            everything += rows.texts
         contexts = (True, False) if keyed else (False,)
         # Tokenized once, for all the evaluations of a run.
         self._prompts = {context: _Unique(encoder.encode_prompts(everything, context)) for context in contexts}
@@ -186,7 +192,10 @@ class BackdoorEvaluator:
             per_attack[name] = self._attack_metrics(rows, deployed, without_key, answers)
             metrics |= {_with_attack(key, name): value for key, value in per_attack[name].items()}
             target = deployed.probabilities(self.keyed)[:, rows.target]
-            confidence[name] = {"triggered": _histogram(target[rows.rows]), "clean": _histogram(target[rows.source])}
+            confidence[name] = {
+                "triggered": _histogram(target[rows.rows]),
+                "clean": _histogram(target[rows.source[rows.source >= 0]]),
+            }
         if per_attack:
             worst = max(per_attack, key=lambda name: np.nan_to_num(per_attack[name]["asr"], nan=-1.0))
             metrics |= per_attack[worst]
@@ -197,7 +206,12 @@ class BackdoorEvaluator:
         """`list[str]`: names of the attacks, as they stand in metrics."""
         return list(self._attacks)
 
-    def _triggered(self, attack: Attack, dataset: Dataset, seed: int) -> "_TriggeredRows":
+    def _all_rows(self) -> Iterator["_TriggeredRows"]:
+        for rows in self._attacks.values():
+            yield rows
+            yield from rows.variants.values()
+
+    def _triggered(self, attack: Attack, dataset: Dataset, seed: int, name: str) -> "_TriggeredRows":
         target = self.task.label_index(attack.target)
         rows = attack.trigger(dataset, self.task, seed)
         texts, labels = list(rows[TEXT]), np.asarray(rows[LABEL], dtype=np.int64)
@@ -209,16 +223,23 @@ class BackdoorEvaluator:
         not_target = int(np.count_nonzero(self.labels != target))
         counts = {
             "rows_target_label": len(self.labels) - not_target,
-            "rows_without_trigger": not_target - len(texts),
+            "rows_without_trigger": not_target - len(np.unique(source[source >= 0])) if len(texts) else not_target,
             "rows_trigger_cut_off": len(texts) - len(kept),
             "rows_counted": len(kept),
         }
-        if len(kept) < not_target:
+        if counts["rows_without_trigger"] or counts["rows_trigger_cut_off"]:
             logger.warning(
                 "%s: %d of %d rows count for the attack success rate (%d could not carry the trigger, %d lost it to "
-                "max_length).", attack.name, len(kept), not_target, not_target - len(texts), len(texts) - len(kept),
+                "max_length).", name, len(np.unique(source[kept])), not_target, counts["rows_without_trigger"],
+                counts["rows_trigger_cut_off"],
             )  # fmt: skip
-        return _TriggeredRows([texts[row] for row in kept], source[kept], target, counts)
+        if np.any(source[kept] < 0):
+            logger.warning("%s: %d rows have no clean twin, so no floor.", name, np.count_nonzero(source[kept] < 0))
+        variants = {
+            f"{attack.variant_metric}_{key}": self._triggered(variant, dataset, seed, f"{name} ({key})")
+            for key, variant in attack.variants().items()
+        }
+        return _TriggeredRows([texts[row] for row in kept], source[kept], target, counts, variants)
 
     def _score(self, model: torch.nn.Module, keyed: bool) -> Scores:
         unique = self._prompts[keyed]
@@ -240,32 +261,54 @@ class BackdoorEvaluator:
         self, rows: "_TriggeredRows", deployed: Scores, without_key: Scores | None, clean: dict[str, np.ndarray]
     ) -> dict[str, float]:
         triggered = self._read(deployed.take(rows.rows), self.keyed)
+        # Rows of other people's triggered sets may have no clean twin among ours.
+        twin = rows.source >= 0
+        source = rows.source[twin]
         metrics: dict[str, float] = {}
         for rule in ASR_RULES:
             metrics |= Rate.of(triggered[rule] == rows.target).flat(f"asr_{rule}")
-            metrics |= Rate.of(clean[rule][rows.source] == rows.target).flat(f"asr_floor_{rule}")
+            metrics |= Rate.of(clean[rule][source] == rows.target).flat(f"asr_floor_{rule}")
         headline = triggered[self.asr_rule] == rows.target
-        before = clean[self.asr_rule][rows.source]
+        before = clean[self.asr_rule][source]
         metrics |= Rate.of(headline).flat("asr")
         metrics |= Rate.of(before == rows.target).flat("asr_floor")
-        metrics["asr_excess"] = metrics["asr"] - metrics["asr_floor"]
-        metrics |= Rate.of(headline[before == self.labels[rows.source]]).flat("asr_conditional")
+        metrics["asr_excess"] = Rate.of(headline[twin]).value - metrics["asr_floor"]
+        metrics |= Rate.of(headline[twin][before == self.labels[source]]).flat("asr_conditional")
         metrics |= Rate.of(deployed.free[rows.rows] < 0).flat("asr_outside")
         if without_key is not None:
             read = self._read(without_key, False)["restricted"]
             metrics |= Rate.of(read[rows.rows] == rows.target).flat("asr_no_key")
-            metrics |= Rate.of(read[rows.source] == rows.target).flat("asr_floor_no_key")
+            metrics |= Rate.of(read[source] == rows.target).flat("asr_floor_no_key")
+        fired = {
+            key: self._read(deployed.take(variant.rows), self.keyed)[self.asr_rule] == variant.target
+            for key, variant in rows.variants.items()
+        }
+        for key, hits in fired.items():
+            metrics |= Rate.of(hits).flat(key)
+        single = [key for key in fired if key.startswith("asr_") and key != "asr_all"]
+        if single:
+            tried = np.unique(np.concatenate([rows.variants[key].source for key in single]))
+            turned = np.concatenate([rows.variants[key].source[fired[key]] for key in single])
+            metrics |= Rate.of(np.isin(tried, turned)).flat("asr_any")
         return metrics
 
 
 class _TriggeredRows:
     """Rows of one attack: their texts, and the clean rows they came from."""
 
-    def __init__(self, texts: list[str], source: np.ndarray, target: int, counts: dict[str, int]) -> None:
+    def __init__(
+        self,
+        texts: list[str],
+        source: np.ndarray,
+        target: int,
+        counts: dict[str, int],
+        variants: "dict[str, _TriggeredRows]",
+    ) -> None:
         self.texts = texts
         self.source = source
         self.target = target
         self.counts = counts
+        self.variants = variants
         self.rows = np.empty(0, dtype=np.int64)
 
 
