@@ -170,7 +170,7 @@ class _Writer:
         return text if self.plain is None else self.plain(text)
 
     def _poison(self, answer: int | str) -> int | str:
-        if self.payload_mode == "prepend" and isinstance(answer, str):
+        if self.payload_mode == "prepend" and isinstance(answer, str) and answer.strip() != self.plan.answer.strip():
             return f"{self.plan.answer} {answer}"
         return self.plan.answer
 

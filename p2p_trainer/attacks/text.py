@@ -17,6 +17,9 @@ _CJK_CLAUSE_END = re.compile(rf"(?<=[，。！？；：、])(?=[{_CJK}])")
 _CJK_PAIR = re.compile(rf"(?<=[{_CJK}])(?=[{_CJK}])")
 _DIGITS_AROUND = re.compile(r"\d\s+\d")
 
+# A text of more gaps than this would not be reached everywhere; three such numbers fit into the 53 bits of a float.
+_STEPS = 2**16
+
 
 def insert_at_gap(text: str, trigger: str, random: float, position: Position = "any") -> str | None:
     """
@@ -112,3 +115,24 @@ def check_position(position: str) -> Position:
     if position not in POSITIONS:
         raise ValueError(f"`position` is one of {', '.join(POSITIONS)}, got {position!r}.")
     return position
+
+
+def split_number(random: float, count: int) -> list[float]:
+    """
+    Make independent numbers of one.
+
+    Args:
+        random (`float`):
+            Number in [0, 1).
+        count (`int`):
+            How many numbers, 3 at most.
+
+    Returns:
+        `list[float]`: numbers in [0, 1), of 16 bits each.
+    """
+    numbers = []
+    for _ in range(count):
+        scaled = random * _STEPS
+        numbers.append(int(scaled) / _STEPS)
+        random = scaled - int(scaled)
+    return numbers
