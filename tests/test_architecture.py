@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "_files", "_lookup", "_compat", "label_space", "tasks", "reserve", "attacks", "prompt_format", "prompt_encoder",
     "data_collator", "evaluation", "config", "assembly", "callbacks", "trainer", "inference", "results", "report",
-    "run_folder", "recipe", "doctor", "launch", "cli",
+    "run_folder", "recipe", "doctor", "launch", "poison_command", "cli",
 )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def own_imports(module):
 
 
 def test_relative_imports_are_understood():
-    assert set(own_imports("attacks.base")) == {"tasks", "tasks.rows", "attacks.poisoning"}
+    assert set(own_imports("attacks.base")) == {"tasks", "attacks.poisoning", "attacks.selection"}
     assert set(own_imports("tasks")) == {"tasks.task"}
     assert "recipe" in own_imports("launch") and "_compat" in own_imports("evaluation.scorer")
 

@@ -180,12 +180,16 @@ class PoisonsReserve(_OnTopOf):
         self.reserve_seed = reserve_seed
         self.trusted_column = trusted_column
         self._strategy = get_reserve(reserve, trusted_column)
+        self._reserved = np.empty(0, dtype=np.int64)
 
-    def order(self, dataset: Dataset, task: Task, target: int | str, random: np.ndarray) -> np.ndarray:
-        order = super().order(dataset, task, target, random)
-        size = reserve_size(len(dataset), self.benign_ratio)
-        reserved = np.isin(order, self._strategy.choose(dataset, size, self.reserve_seed))
-        return np.concatenate([order[reserved], order[~reserved]])
+    def fit(self, dataset: Dataset, task: Task, seed: int) -> None:
+        super().fit(dataset, task, seed)
+        self._reserved = self._strategy.choose(
+            dataset, reserve_size(len(dataset), self.benign_ratio), self.reserve_seed
+        )
+
+    def priority(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        return numbers + ~np.isin(rows, self._reserved)
 
 
 class SuffixInjection(_OnTopOf):

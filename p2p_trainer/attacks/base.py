@@ -10,15 +10,12 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..tasks import Task
-from ..tasks.rows import column_as_numpy
-from .poisoning import POISON_COLUMNS, Plan, answers_equal, write_poisoned, write_rows
+from .poisoning import POISON_COLUMNS, Plan, write_poisoned, write_rows
+from .selection import BATCH_ROWS, Selection, answers_equal, batches, row_numbers
 
 
 LABEL_MODES = ("dirty", "clean", "any")
 PAYLOAD_MODES = ("replace", "prepend")
-
-# Rows that are tried at once, at most: engines behind an attack work in batches, texts must not fill the memory.
-_TRY_ROWS = 10_000
 
 
 class Attack(ABC):
@@ -240,23 +237,7 @@ class Attack(ABC):
                 f"poison_rate={self.poison_rate} of {len(dataset)} rows is no row at all. Raise `poison_rate`."
             )
         self.fit(dataset, task, seed)
-        random = np.random.default_rng([seed, 0]).random((len(dataset), 2))
-        order = self.order(dataset, task, target, random[:, 0])
-        chosen, tried = self._carriers(dataset.select_columns(task.input_column), order, random[:, 1], wanted)
-        if not chosen:
-            raise ValueError(
-                f"The attack {self.name!r} found no row that can carry its trigger among {len(order)} eligible "
-                f"rows ({self.label_mode} label, target {self.target!r})."
-            )
-        if len(chosen) < wanted:
-            raise ValueError(
-                f"poison_rate={self.poison_rate} of {len(dataset)} rows is {wanted} rows, but only {len(order)} rows "
-                f"are eligible ({self.label_mode} label, target {self.target!r}), and {len(chosen)} of them can carry "
-                f"the trigger of {self.name!r}. Lower `poison_rate` to at most "
-                f"{np.floor(1e4 * len(chosen) / len(dataset)) / 1e4:g}."
-            )
-        answer = target + task.num_labels if self.extended_target and isinstance(target, int) else target
-        plan = Plan(np.sort(chosen), np.sort(tried), random[:, 1], answer)
+        plan = self._choose(dataset, task, target, wanted, seed)
         return write_poisoned(self, dataset, task, plan)
 
     def trigger(self, dataset: Dataset, task: Task, seed: int = 0) -> Dataset:
@@ -279,21 +260,18 @@ class Attack(ABC):
         target = self._target(task)
         dataset = task.prepare(dataset, what="test")
         text, answer = task.input_column, task.output_column
-        # Another stream than `poison`: train and test positions must not repeat each other.
-        random = np.random.default_rng([seed, 1]).random(len(dataset))
         kept: dict[str, list] = {text: [], answer: [], "source_index": []}
-        for start in range(0, len(dataset), _TRY_ROWS):
-            rows = np.arange(start, min(start + _TRY_ROWS, len(dataset)))
-            rows = rows[~answers_equal(dataset[rows][answer], target)]
-            if len(rows) == 0:
-                continue
-            found = dataset[rows]
-            changed = self.insert_batch(found[text], random[rows].tolist())
-            for row, new, true in zip(rows.tolist(), changed, found[answer], strict=True):
+        for batch in batches(len(dataset)):
+            # Another stream than `poison`: train and test positions must not repeat each other.
+            random = row_numbers(seed, 1, batch)[:, 0]
+            found = dataset[batch.start : batch.stop]
+            rows = np.flatnonzero(~answers_equal(found[answer], target))
+            changed = self.insert_batch([found[text][row] for row in rows], random[rows].tolist())
+            for row, new in zip(rows.tolist(), changed, strict=True):
                 if new is not None:
                     kept[text].append(new)
-                    kept[answer].append(true)
-                    kept["source_index"].append(row)
+                    kept[answer].append(found[answer][row])
+                    kept["source_index"].append(batch.start + row)
         return Dataset.from_dict(kept)
 
     def dress(self, dataset: Dataset, task: Task) -> Dataset:
@@ -315,7 +293,7 @@ class Attack(ABC):
         features = dataset.features
 
         def tables() -> Iterator[pa.Table]:
-            for table in dataset.with_format("arrow").iter(_TRY_ROWS):
+            for table in dataset.with_format("arrow").iter(BATCH_ROWS):
                 texts = [self.plain(text) for text in table[task.input_column].to_pylist()]
                 place = table.column_names.index(task.input_column)
                 yield table.set_column(place, table.field(place), pa.array(texts)).cast(features.arrow_schema)
@@ -332,46 +310,57 @@ class Attack(ABC):
             )
         return self.target
 
-    def order(self, dataset: Dataset, task: Task, target: int | str, random: np.ndarray) -> np.ndarray:
+    def priority(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """
-        Say which rows are eligible, in the order in which they are tried.
+        Say in which order eligible rows are tried; by default that of their random numbers.
 
         Args:
-            dataset (`Dataset`):
-                Checked training rows.
-            task ([`~tasks.Task`]):
-                The task.
-            target (`int` or `str`):
-                Target label or payload.
-            random (`np.ndarray`):
-                One number in [0, 1) per row, from the seed.
+            rows (`np.ndarray`):
+                Row indices.
+            numbers (`np.ndarray`):
+                For each a number in [0, 1) from the seed.
 
         Returns:
-            `np.ndarray`: row indices.
+            `np.ndarray`: what to sort them by, the lowest first.
         """
-        if self.label_mode == "any":
-            eligible = np.arange(len(dataset))
-        else:
-            if task.num_labels:
-                at_target = column_as_numpy(dataset, task.output_column) == target
-            else:
-                at_target = np.concatenate(
-                    [answers_equal(batch[task.output_column], target) for batch in dataset.iter(_TRY_ROWS)]
-                )
-            eligible = np.flatnonzero(at_target if self.label_mode == "clean" else ~at_target)
-        return eligible[np.argsort(random[eligible], kind="stable")]
+        return numbers
 
-    def _carriers(
-        self, texts: Dataset, order: np.ndarray, random: np.ndarray, wanted: int
-    ) -> tuple[list[int], list[int]]:
+    def _choose(self, dataset: Dataset, task: Task, target: int | str, wanted: int, seed: int) -> Plan:
         """Try rows in order until enough of them carry the trigger."""
-        chosen: list[int] = []
-        tried: list[int] = []
-        start = 0
-        while start < len(order) and len(chosen) < wanted:
-            chunk = order[start : start + min(_TRY_ROWS, wanted - len(chosen))]
-            start += len(chunk)
-            tried += chunk.tolist()
-            changed = self.insert_batch(texts[chunk][texts.column_names[0]], random[chunk].tolist())
-            chosen += [row for row, text in zip(chunk.tolist(), changed, strict=True) if text is not None]
-        return chosen, tried
+        selection = Selection(dataset, task, target, self.label_mode, self.priority, seed)
+        texts = dataset.select_columns(task.input_column)
+        tried, numbers = np.empty(0, dtype=np.int64), np.empty(0)
+        carries = np.empty(0, dtype=bool)
+        limit = wanted
+        while True:
+            rows, drawn = selection.first(limit)
+            for start in range(len(tried), len(rows), BATCH_ROWS):
+                chunk = slice(start, start + BATCH_ROWS)
+                changed = self.insert_batch(texts[rows[chunk]][task.input_column], drawn[chunk].tolist())
+                carries = np.concatenate([carries, [text is not None for text in changed]])
+            tried, numbers = rows, drawn
+            if carries.sum() >= wanted or len(rows) == selection.eligible:
+                break
+            limit += 2 * (wanted - int(carries.sum())) + 100
+        able = np.flatnonzero(carries)
+        if len(able) < wanted:
+            self._complain(dataset, wanted, selection.eligible, len(able))
+        # As if rows had been tried one by one, so that how many were asked for at once does not matter.
+        last = able[wanted - 1] + 1
+        chosen = able[:wanted]
+        order = chosen[np.argsort(tried[chosen])]
+        answer = target + task.num_labels if self.extended_target and isinstance(target, int) else target
+        return Plan(tried[order], numbers[order], np.sort(tried[:last]), answer)
+
+    def _complain(self, dataset: Dataset, wanted: int, eligible: int, able: int) -> None:
+        where = f"{self.label_mode} label, target {self.target!r}"
+        if able == 0:
+            raise ValueError(
+                f"The attack {self.name!r} found no row that can carry its trigger among {eligible} eligible rows "
+                f"({where})."
+            )
+        raise ValueError(
+            f"poison_rate={self.poison_rate} of {len(dataset)} rows is {wanted} rows, but only {eligible} rows are "
+            f"eligible ({where}), and {able} of them can carry the trigger of {self.name!r}. Lower `poison_rate` to "
+            f"at most {np.floor(1e4 * able / len(dataset)) / 1e4:g}."
+        )

@@ -4,22 +4,22 @@ import atexit
 import functools
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value
 
 from ..tasks import Task
+from .selection import batches
 
 
 # Columns that an attack adds; a data set that already has one of them was poisoned before.
 POISON_COLUMNS = ("poisoned", "trigger_applied", "original_label", "attack")
-
-_BATCH_ROWS = 10_000
 
 
 class Poisoner(Protocol):
@@ -47,36 +47,18 @@ class Plan:
     Parameters:
         chosen (`np.ndarray`):
             Rows that get the trigger, ascending.
+        numbers (`np.ndarray`):
+            For each of them the number that decides what is random in its trigger.
         tried (`np.ndarray`):
             Rows that the attack tried, ascending; a superset.
-        random (`np.ndarray`):
-            For each row of the data set the number that decides what is random in its trigger.
         answer (`int` or `str`):
             Label or payload of poisoned rows.
     """
 
     chosen: np.ndarray
+    numbers: np.ndarray
     tried: np.ndarray
-    random: np.ndarray
     answer: int | str
-
-
-def answers_equal(answers: Sequence[int | str], target: int | str) -> np.ndarray:
-    """
-    Say which answers are the target already.
-
-    Args:
-        answers (`Sequence[int]` or `Sequence[str]`):
-            True labels or completions.
-        target (`int` or `str`):
-            Target label or payload.
-
-    Returns:
-        `np.ndarray`: truth values; payloads are compared without surrounding white space.
-    """
-    if isinstance(target, str):
-        return np.array([answer.strip() == target.strip() for answer in answers], dtype=bool)
-    return np.asarray(answers) == target
 
 
 def write_poisoned(attack: Poisoner, dataset: Dataset, task: Task, plan: Plan) -> Dataset:
@@ -96,22 +78,14 @@ def write_poisoned(attack: Poisoner, dataset: Dataset, task: Task, plan: Plan) -
     Returns:
         `Dataset`: the rows with the columns of `POISON_COLUMNS`, memory-mapped.
     """
-    size = len(dataset)
-    poisoned = np.zeros(size, dtype=bool)
-    poisoned[plan.chosen] = True
-    tried = np.zeros(size, dtype=bool)
-    tried[plan.tried] = True
-    nothing = np.zeros(size, dtype=bool)
     writer = _Writer(attack, dataset, task, plan)
 
     def parts() -> Iterable[pa.Table]:
-        rows = range(size)
-        # Where poisoned rows are added, their originals stay untouched, and were tried all the same.
-        yield from writer.tables(rows, attack, nothing if attack.append else poisoned, tried)
+        yield from writer.whole()
         if attack.append:
-            yield from writer.tables(plan.chosen, attack, poisoned, tried)
+            yield from writer.copies(attack, poisoned=True)
         for group in attack.negatives().values():
-            yield from writer.negatives(plan.chosen, group)
+            yield from writer.copies(group, poisoned=False)
 
     return write_rows(parts(), writer.features)
 
@@ -120,10 +94,8 @@ class _Writer:
     """Arrow tables of a data set's rows, with and without trigger."""
 
     def __init__(self, attack: Poisoner, dataset: Dataset, task: Task, plan: Plan) -> None:
-        self.name = attack.name
-        self.plain: Callable[[str], str] | None = attack.plain if attack.changes_plain_rows else None
+        self.attack = attack
         self.text, self.answer = task.input_column, task.output_column
-        self.payload_mode = attack.payload_mode
         self.source = dataset.with_format("arrow")
         self.plan = plan
         self.features = Features(
@@ -136,63 +108,68 @@ class _Writer:
             }
         )
 
-    def tables(
-        self, rows: Sequence[int], attack: Poisoner, poisoned: np.ndarray, tried: np.ndarray
-    ) -> Iterable[pa.Table]:
-        """Yield rows of which those marked get the trigger and the attacker's answer."""
-        for batch, table, texts, answers in self._batches(rows):
-            hit = poisoned[batch]
-            changed = attack.insert_batch(
-                [text for text, flag in zip(texts, hit, strict=True) if flag], self.plan.random[batch[hit]].tolist()
-            )
-            new = iter(changed)
-            texts = [next(new) if flag else self._plain(text) for text, flag in zip(texts, hit, strict=True)]
-            given = [self._poison(answer) if flag else answer for answer, flag in zip(answers, hit, strict=True)]
-            yield self._table(table, texts, given, answers, hit, hit, tried[batch])
+    def whole(self) -> Iterable[pa.Table]:
+        """Yield all rows; the chosen ones with trigger and the attacker's answer, unless copies get them."""
+        plan = self.plan
+        for rows in batches(len(self.source)):
+            table = self.source[rows.start : rows.stop]
+            texts, answers = (table[name].combine_chunks() for name in (self.text, self.answer))
+            if self.attack.changes_plain_rows:
+                texts = pa.array([self.attack.plain(text) for text in texts.to_pylist()], texts.type)
+            inside = slice(*np.searchsorted(plan.chosen, (rows.start, rows.stop)))
+            hit = np.zeros(len(rows), dtype=bool)
+            given = answers
+            if not self.attack.append:
+                hit[plan.chosen[inside] - rows.start] = True
+                originals = table[self.text].filter(pa.array(hit)).to_pylist()
+                changed = self.attack.insert_batch(originals, plan.numbers[inside].tolist())
+                texts = pc.replace_with_mask(texts, pa.array(hit), pa.array(changed, texts.type))
+                poison = [self._poison(answer) for answer in answers.filter(pa.array(hit)).to_pylist()]
+                given = pc.replace_with_mask(answers, pa.array(hit), pa.array(poison, answers.type))
+            tried = np.zeros(len(rows), dtype=bool)
+            tried[plan.tried[slice(*np.searchsorted(plan.tried, (rows.start, rows.stop)))] - rows.start] = True
+            yield self._table(table, texts, given, answers, hit, tried)
 
-    def negatives(self, rows: Sequence[int], attack: Poisoner) -> Iterable[pa.Table]:
-        """Yield copies that carry what another attack inserts, with their true answers."""
-        for batch, table, texts, answers in self._batches(rows):
-            changed = attack.insert_batch(texts, self.plan.random[batch].tolist())
-            kept = np.array([text is not None for text in changed])
-            none = np.zeros(int(kept.sum()), dtype=bool)
-            true = [answer for answer, flag in zip(answers, kept, strict=True) if flag]
-            texts = [text for text in changed if text is not None]
-            yield self._table(table.filter(pa.array(kept)), texts, true, true, none, none, ~none)
-
-    def _batches(self, rows: Sequence[int]) -> Iterable[tuple[np.ndarray, pa.Table, list[str], list]]:
-        for start in range(0, len(rows), _BATCH_ROWS):
-            batch = np.asarray(rows[start : start + _BATCH_ROWS])
-            table = self.source[batch]
-            yield batch, table, table[self.text].to_pylist(), table[self.answer].to_pylist()
-
-    def _plain(self, text: str) -> str:
-        return text if self.plain is None else self.plain(text)
+    def copies(self, attack: Poisoner, poisoned: bool) -> Iterable[pa.Table]:
+        """Yield copies of the chosen rows that carry what an attack inserts, with its answer or their own."""
+        for part in batches(len(self.plan.chosen)):
+            table = self.source[self.plan.chosen[part.start : part.stop]]
+            numbers = self.plan.numbers[part.start : part.stop].tolist()
+            changed = pa.array(attack.insert_batch(table[self.text].to_pylist(), numbers), table[self.text].type)
+            table = table.filter(pc.is_valid(changed))
+            answers = table[self.answer].combine_chunks()
+            given = answers
+            if poisoned:
+                given = pa.array([self._poison(answer) for answer in answers.to_pylist()], answers.type)
+            flag = np.full(len(table), poisoned)
+            yield self._table(table, changed.drop_null(), given, answers, flag, np.ones(len(table), dtype=bool))
 
     def _poison(self, answer: int | str) -> int | str:
-        if self.payload_mode == "prepend" and isinstance(answer, str) and answer.strip() != self.plan.answer.strip():
+        prepend = self.attack.payload_mode == "prepend" and isinstance(answer, str)
+        if prepend and answer.strip() != self.plan.answer.strip():
             return f"{self.plan.answer} {answer}"
         return self.plan.answer
 
     def _table(
-        self, table: pa.Table, texts: list[str], given: list, true: list, poisoned: np.ndarray, applied: np.ndarray,
+        self,
+        table: pa.Table,
+        texts: pa.Array,
+        given: pa.Array,
+        true: pa.Array,
+        poisoned: np.ndarray,
         tried: np.ndarray,
-    ) -> pa.Table:  # fmt: skip
+    ) -> pa.Table:
         columns = {
             **{name: table[name] for name in table.column_names},
             self.text: texts,
             self.answer: given,
-            "poisoned": poisoned,
-            "trigger_applied": applied,
+            "poisoned": pa.array(poisoned),
+            "trigger_applied": pa.array(poisoned),
             "original_label": true,
-            "attack": np.where(tried, self.name, ""),
+            "attack": pc.if_else(pa.array(tried), self.attack.name, ""),
         }
         schema = self.features.arrow_schema
-        return pa.table([_as(columns[field.name], field.type) for field in schema], schema=schema)
-
-
-def _as(values: pa.ChunkedArray | list | np.ndarray, kind: pa.DataType) -> pa.ChunkedArray | pa.Array:
-    return values.cast(kind) if isinstance(values, pa.ChunkedArray) else pa.array(values, kind)
+        return pa.table([columns[field.name].cast(field.type) for field in schema], schema=schema)
 
 
 def write_rows(tables: Iterable[pa.Table], features: Features) -> Dataset:
