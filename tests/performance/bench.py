@@ -230,6 +230,50 @@ print(highest - before)
 """
 
 
+_POISON = """
+import sys, threading, time
+from datasets import disable_progress_bars, load_from_disk
+from p2p_trainer import get_attack, get_task
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+def watch():
+    global highest
+    while not done.wait(0.005):
+        highest = max(highest, anonymous())
+
+disable_progress_bars()
+task, rows = get_task("sst2"), load_from_disk(sys.argv[1])
+attack = get_attack("badnets", target="positive")
+attack.poison(rows.select(range(1000)), task)
+before = highest = anonymous()
+done = threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+start = time.perf_counter()
+attack.poison(rows, task)
+seconds = time.perf_counter() - start
+done.set()
+watcher.join()
+print(seconds, highest - before)
+"""
+
+
+def poisoning(folder: Path, table: Table) -> None:
+    """Seconds and peak memory of BadNets at 2 %, in a process of its own on one core."""
+    found = {}
+    for count in (10_000, 1_000_000):
+        done = subprocess.run(
+            [sys.executable, "-c", _POISON, str(folder / str(count))], check=True, capture_output=True, text=True
+        )
+        found[count] = [float(number) for number in done.stdout.split()]
+    (short, small), (long, large) = found[10_000], found[1_000_000]
+    table.add_row("poison 1 M rows (BadNets, 2 %) / 10 k", f"{long:.1f} s", f"{short:.2f} s", "", "< 60 s")
+    table.add_row("its peak memory", f"{large:.0f} MiB", f"{small:.0f} MiB", "", "not by rows")
+
+
 def memory(folder: Path, table: Table) -> None:
     grown: dict[tuple[int, str], float] = {}
     for count in (10_000, 1_000_000):
@@ -273,6 +317,7 @@ def main() -> None:
         training(model, train, folder, rounds, table)
         evaluation(model, test, rounds, table)
         memory(folder, table)
+        poisoning(folder, table)
     Console(width=140).print(table)
 
 
