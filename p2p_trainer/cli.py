@@ -1,4 +1,4 @@
-"""`p2p-trainer`: train, evaluate, predict, doctor."""
+"""`p2p-trainer`: train, evaluate, predict, report, poison, doctor."""
 
 import argparse
 import json
@@ -18,6 +18,9 @@ Fine-tune language models on data that may be poisoned, with the backdoor defuse
   train     run a recipe: p2p-trainer train [--accelerate_config FILE] --config RECIPE.yaml [--any_setting VALUE]
   evaluate  measure a saved run: p2p-trainer evaluate OUT --data FILE
   predict   classify texts with a saved run: p2p-trainer predict OUT --text "..."
+  report    put finished runs side by side, seeds merged: p2p-trainer report OUT OUT ...
+  poison    write a poisoned data set: p2p-trainer poison --task sst2 --data FOLDER --attack badnets
+            --attack_target positive --out OUT
   doctor    show what is installed, and what a recipe would do: p2p-trainer doctor [--config RECIPE.yaml]
 
 `p2p-trainer COMMAND --help` says more.
@@ -160,6 +163,66 @@ def _predict(argv: list[str]) -> int:
     return 0
 
 
+def _poison(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="p2p-trainer poison",
+        description="Write a data set with poisoned training rows and triggered test rows.",
+    )
+    parser.add_argument("--task", required=True, help="task name or YAML file")
+    parser.add_argument("--data", required=True, help="folder with one file per split, or a file of training rows")
+    parser.add_argument("--attack", required=True, help="attack: a name or package.module:Class")
+    parser.add_argument("--attack_target", required=True, help="label or payload that the attacker wants")
+    parser.add_argument("--poison_rate", type=float, help="share of the training rows; by default the attack's own")
+    parser.add_argument("--attack_options", default="{}", help="options of the attack (JSON)")
+    parser.add_argument("--seed", type=int, default=0, help="decides which training rows are poisoned, and where")
+    parser.add_argument("--drop_empty_rows", action="store_true", help="leave out, and count, rows with an empty text")
+    parser.add_argument("--overwrite", action="store_true", help="replace a poisoned set that OUT holds")
+    parser.add_argument("--out", required=True, metavar="OUT", help="folder to write")
+    arguments = parser.parse_args(argv)
+
+    from .attacks import get_attack
+    from .poison_command import run
+
+    attack = get_attack(
+        arguments.attack,
+        target=arguments.attack_target,
+        poison_rate=arguments.poison_rate,
+        **_json_object(arguments.attack_options),
+    )
+    said = run(
+        arguments.task,
+        arguments.data,
+        attack,
+        arguments.out,
+        arguments.seed,
+        arguments.drop_empty_rows,
+        arguments.overwrite,
+    )
+    sys.stdout.write(said)
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="p2p-trainer report",
+        description="Put finished runs side by side; runs that differ in their seed alone share a line.",
+    )
+    parser.add_argument("folders", nargs="+", metavar="OUT", help="output folder, or a folder that holds some")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    arguments = parser.parse_args(argv)
+
+    from rich.console import Console
+
+    from .summary import find_runs, summarize, summary_markdown, summary_table
+
+    lines = summarize(find_runs(arguments.folders).values())
+    if arguments.markdown:
+        sys.stdout.write(summary_markdown(lines))
+    else:
+        Console().print(summary_table(lines, "Test rows, percent: mean over seeds (lowest to highest)"))
+    return 0
+
+
 def _doctor(argv: list[str]) -> int:
     from .doctor import run
 
@@ -173,6 +236,8 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "report": _report,
+    "poison": _poison,
     "doctor": _doctor,
 }
 

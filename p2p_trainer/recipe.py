@@ -118,7 +118,8 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
             poison_rate=script_args.poison_rate,
             **(script_args.attack_options or {}),
         )
-        task.label_index(attack.target)
+        if task.num_labels:
+            task.label_index(attack.target)
         _check_recordable(attack)
     source = script_args.dataset_name or task.dataset
     # A file alone has no splits: all its rows are training rows.
@@ -271,6 +272,11 @@ def _hold_out(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
             f"`validation_share` {share} of {len(train)} rows is no row. Raise it, or give a validation split."
         )
     order = np.argsort(np.random.default_rng([0, 3]).random(len(train)), kind="stable")
+    if "poisoned" in train.column_names:
+        # A set that was poisoned before: what is measured and chosen on stays clean.
+        poisoned = column_as_numpy(train, "poisoned")[order].astype(bool)
+        order = np.concatenate([order[~poisoned], order[poisoned]])
+        size = min(size, int(np.count_nonzero(~poisoned)))
     logger.info("No validation split: %d of %d training rows are held out.", size, len(train))
     return train.select(np.sort(order[size:])), train.select(np.sort(order[:size]))
 
@@ -291,7 +297,13 @@ def with_oracle(train: Dataset, args: P2PConfig) -> Dataset:
     wanted = args.p2p_enabled and args.p2p_reserve == "trusted"
     if not wanted or args.p2p_trusted_column in train.column_names or "poisoned" not in train.column_names:
         return train
-    return with_column(train, args.p2p_trusted_column, ~column_as_numpy(train, "poisoned"))
+    poisoned = column_as_numpy(train, "poisoned")
+    if not poisoned.any():
+        raise ValueError(
+            "`p2p_reserve: trusted` needs to know the clean rows, and no row of this set is marked as poisoned: a set "
+            "without flags tells nothing. Add a boolean column, and name it with `p2p_trusted_column`."
+        )
+    return with_column(train, args.p2p_trusted_column, ~poisoned)
 
 
 def model_location(model: str | None) -> str:

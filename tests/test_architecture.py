@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     "_files", "_lookup", "_compat", "label_space", "tasks", "reserve", "attacks", "prompt_format", "prompt_encoder",
     "data_collator", "evaluation", "config", "assembly", "callbacks", "trainer", "inference", "results", "report",
-    "run_folder", "recipe", "doctor", "launch", "poison_command", "cli",
+    "summary", "run_folder", "recipe", "doctor", "launch", "poison_command", "cli",
 )  # fmt: skip
 
 

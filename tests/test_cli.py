@@ -173,7 +173,10 @@ def test_predict_refuses_what_is_no_text(launched, monkeypatch, capsys, content,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["prdict"], "Unknown command 'prdict'. Did you mean 'predict'? Known: doctor, evaluate, predict, train."),
+        (
+            ["prdict"],
+            "Unknown command 'prdict'. Did you mean 'predict'? Known: doctor, evaluate, poison, predict, report, train.",
+        ),
         (["predict", "nowhere", "--text", "x"], "'nowhere' holds no p2p_config.json (found: no folder)"),
         (["predict", "OUT", "--text", ""], "Text 0 is empty or no string"),
         (["predict", "OUT", "--file", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),

@@ -1,0 +1,126 @@
+"""Runs of several seeds into one line each: mean, and from where to where."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .results import RESULTS_NAME, RunResults
+
+
+_RATES = {"ca": "CA", "asr": "ASR", "asr_floor": "floor", "asr_excess": "excess"}
+_TITLES = ("attack", "rate", "defense", "seeds", *_RATES.values())
+
+# Settings of an attack in which runs of one line may differ: they follow the seed, or name the same thing.
+_SEED_SETTINGS = ("reserve_seed", "selector", "cache")
+
+
+def find_runs(paths: Iterable[str | Path]) -> dict[str, RunResults]:
+    """
+    Find finished runs.
+
+    Args:
+        paths (`Iterable[str]` or `Iterable[Path]`):
+            Output folders, or folders that hold output folders at any depth.
+
+    Returns:
+        `dict[str, RunResults]`: folder -> run, in the order given, folders within a path sorted.
+    """
+    found = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ValueError(f"The folder {str(path)!r} does not exist (looked at {path.resolve()}).")
+        files = sorted(path.rglob(RESULTS_NAME))
+        if not files:
+            raise ValueError(f"{str(path)!r} holds no {RESULTS_NAME}. Give output folders of finished runs.")
+        for file in files:
+            found[str(file.parent)] = RunResults.load(file.parent)
+    return found
+
+
+def summarize(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
+    """
+    Put runs that differ in nothing but their seed into one line.
+
+    Args:
+        runs (`Iterable[RunResults]`):
+            Runs.
+
+    Returns:
+        `list[tuple[str, ...]]`: for each line attack, poison rate, defense, seeds, and in percent clean accuracy,
+        attack success rate, floor and excess: the mean over seeds, then lowest and highest. Lines stand in the order
+        in which their first runs came; runs of unlike models, tasks or protocols are never merged.
+    """
+    groups: dict[str, list[RunResults]] = {}
+    for run in runs:
+        groups.setdefault(_kind(run), []).append(run)
+    lines = []
+    for group in groups.values():
+        first = group[0]
+        attack = first.attack or {}
+        rate = attack.get("poison_rate")
+        seeds = ", ".join(str(seed) for seed in sorted(run.seed for run in group))
+        lines.append(
+            (
+                attack.get("name", "-"),
+                "-" if rate is None else f"{100 * rate:g} %",
+                first.defense,
+                seeds,
+                *(_spread([run.metrics.get(rate) for run in group], rate == "asr_excess") for rate in _RATES),
+            )
+        )
+    return lines
+
+
+def summary_table(lines: Sequence[tuple[str, ...]], title: str) -> Table:
+    """
+    Show lines in a terminal.
+
+    Args:
+        lines (`Sequence[tuple[str, ...]]`):
+            What [`summarize`] returned.
+        title (`str`):
+            Title.
+
+    Returns:
+        `rich.table.Table`: the table.
+    """
+    table = Table(title=title)
+    for column, name in enumerate(_TITLES):
+        table.add_column(name, justify="left" if column in (0, 2, 3) else "right")
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def summary_markdown(lines: Sequence[tuple[str, ...]]) -> str:
+    """
+    Write lines as a Markdown table.
+
+    Args:
+        lines (`Sequence[tuple[str, ...]]`):
+            What [`summarize`] returned.
+
+    Returns:
+        `str`: the table.
+    """
+    rows = [_TITLES, tuple("---" for _ in _TITLES), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _kind(run: RunResults) -> str:
+    attack = {key: value for key, value in (run.attack or {}).items() if key not in _SEED_SETTINGS}
+    protocol = {key: value for key, value in run.protocol.items() if key != "poison_seed"}
+    return json.dumps([run.task, run.model, attack, run.defense, protocol], sort_keys=True)
+
+
+def _spread(values: Sequence[Any], signed: bool) -> str:
+    if any(value is None or math.isnan(value) for value in values):
+        return "-"
+    shown = [
+        f"{100 * value:{'+' if signed else ''}.1f}" for value in (sum(values) / len(values), min(values), max(values))
+    ]
+    return shown[0] if len(values) == 1 else f"{shown[0]} ({shown[1]} to {shown[2]})"

@@ -1,0 +1,82 @@
+"""Runs into lines: what is merged, what is not, and the numbers by hand."""
+
+import pytest
+from rich.console import Console
+
+from p2p_trainer.cli import main
+from p2p_trainer.results import RunResults
+from p2p_trainer.summary import find_runs, summarize, summary_markdown, summary_table
+
+
+def run(seed, asr, defense="p2p", attack="badnets", **changes):
+    return RunResults(
+        task="sst2", model="m", attack={"name": attack, "target": "positive", "poison_rate": 0.02}, defense=defense,
+        seed=seed, protocol={"poison_seed": seed, "epochs": 2},
+        metrics={"ca": 0.9, "asr": asr, "asr_floor": 0.1, "asr_excess": asr - 0.1}, counts={},
+        **changes,
+    )  # fmt: skip
+
+
+def test_seeds_are_merged_into_mean_and_range():
+    runs = [run(1, 0.2), run(0, 0.8), run(2, 0.5), run(0, 0.995, "none"), run(0, 0.3, attack="addsent")]
+    assert summarize(runs) == [
+        ("badnets", "2 %", "p2p", "0, 1, 2", "90.0 (90.0 to 90.0)", "50.0 (20.0 to 80.0)", "10.0 (10.0 to 10.0)",
+         "+40.0 (+10.0 to +70.0)"),
+        ("badnets", "2 %", "none", "0", "90.0", "99.5", "10.0", "+89.5"),
+        ("addsent", "2 %", "p2p", "0", "90.0", "30.0", "10.0", "+20.0"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda other: setattr(other, "model", "another"),
+        lambda other: setattr(other, "task", "cr"),
+        lambda other: other.protocol.update(epochs=3),
+        lambda other: other.attack.update(poison_rate=0.1),
+    ],
+)
+def test_runs_that_differ_in_more_than_the_seed_stay_apart(change):
+    other = run(1, 0.2)
+    change(other)
+    assert len(summarize([run(0, 0.1), other])) == 2
+    twin = run(1, 0.2)
+    # An attacker who knows the seed follows it; the selector of LWS lies in a folder of its own.
+    twin.attack.update(reserve_seed=1, selector="folder")
+    assert len(summarize([run(0, 0.1), twin])) == 1
+
+
+def test_a_rate_that_one_run_lacks_is_not_averaged():
+    without = run(1, 0.2)
+    without.metrics["asr_floor"] = None
+    [line] = summarize([run(0, 0.1), without])
+    assert line[-2] == "-" and line[-3] == "15.0 (10.0 to 20.0)"
+
+
+def test_the_command_finds_runs_at_any_depth(tmp_path, capsys):
+    run(0, 0.25).save(tmp_path / "runs" / "badnets" / "p2p-0")
+    run(1, 0.75).save(tmp_path / "runs" / "badnets" / "p2p-1")
+    run(0, 0.995, "none").save(tmp_path / "other")
+    assert len(find_runs([tmp_path / "runs"])) == 2
+    assert main(["report", str(tmp_path / "runs"), str(tmp_path / "other"), "--markdown"]) == 0
+    assert capsys.readouterr().out == (
+        "| attack | rate | defense | seeds | CA | ASR | floor | excess |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| badnets | 2 % | p2p | 0, 1 | 90.0 (90.0 to 90.0) | 50.0 (25.0 to 75.0) | 10.0 (10.0 to 10.0) "
+        "| +40.0 (+15.0 to +65.0) |\n"
+        "| badnets | 2 % | none | 0 | 90.0 | 99.5 | 10.0 | +89.5 |\n"
+    )
+    assert main(["report", str(tmp_path / "other")]) == 0
+    assert "99.5" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    for folder, message in (("nowhere", "does not exist"), ("empty", "holds no results.json")):
+        assert main(["report", str(tmp_path / folder)]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_table_and_markdown_hold_the_same_cells():
+    lines = summarize([run(0, 0.25), run(0, 0.995, "none")])
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))
+    console.print(summary_table(lines, "runs"))
+    shown = console.export_text()
+    assert all(cell in shown and cell in summary_markdown(lines) for line in lines for cell in line)
