@@ -48,7 +48,7 @@ def test_script_defaults():
         None,
         None,
     )
-    assert (arguments.poison_rate, arguments.poison_seed, arguments.validation_share) == (0.02, 0, 0.1)
+    assert (arguments.poison_rate, arguments.poison_seed, arguments.validation_share) == (None, 0, 0.1)
     assert arguments.dataset_validation_split == "validation" and arguments.drop_empty_rows is False
 
 

@@ -268,3 +268,44 @@ def test_reserved_rows_beside_poisoned_ones(tiny_model, toy_rows, toy_eval, tmp_
     assert (trainer.counts["rows_poisoned"], trainer.counts["rows_reserved"]) == (8, 20)
     keyed = [row["text"] for row in trainer.train_dataset if row["p2p_keyed"]]
     assert len(keyed) == 20 and set(keyed) <= set(toy_eval["text"])
+
+
+def test_batches_of_rows_of_like_length(tiny_model, toy_rows, tmp_path):
+    def padding(strategy):
+        trainer = P2PTrainer(
+            tiny_model, config(tmp_path, train_sampling_strategy=strategy), train_dataset=toy_rows, task=TASK
+        )
+        masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+        assert sum(len(mask) for mask in masks) == len(trainer.train_dataset) == 100
+        return sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    # Rows of one, two or three parts: sorted by length, only batches across a border need padding worth the name.
+    assert padding("group_by_length") < 0.2 < 0.3 < padding("random")
+
+
+def test_the_loss_scores_answers_alone_and_trl_gets_its_function_back(tiny_model, toy_rows, tmp_path, monkeypatch):
+    import trl.trainer.utils as theirs
+
+    usual = theirs._use_triton
+    trainer = P2PTrainer(tiny_model, config(tmp_path, max_steps=1), train_dataset=toy_rows, task=TASK)
+    scored = []
+    function = theirs._ChunkedLogProbFunction
+
+    class Counted:
+        @staticmethod
+        def apply(hidden, *rest):
+            scored.append(len(hidden))
+            return function.apply(hidden, *rest)
+
+    monkeypatch.setattr(theirs, "_ChunkedLogProbFunction", Counted)
+    trainer.train()
+    # Eight rows, each a label word and the end of the sequence.
+    assert scored == [16] and theirs._use_triton is usual
+
+    def fail(*arguments, **named):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(trainer.model, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert theirs._use_triton is usual
