@@ -107,16 +107,20 @@ def make_encoder(
     encoder = PromptEncoder(draft.with_labels(space), tokenizer)
     for attack in attacks:
         _check_trigger(attack, encoder, args.p2p_enabled)
+        if args.p2p_enabled:
+            _check_assumptions(attack, encoder.format, args)
     return encoder
 
 
 def _check_trigger(attack: Attack, encoder: PromptEncoder, enabled: bool) -> None:
     """Refuse an attack whose trigger stands in every row anyway, or that the tokenizer does not see."""
-    key = encoder.format.trigger if enabled else ""
-    template = encoder.format.prompt("", keyed=False)
+    wheres = {"the prompt template": encoder.format.prompt("", keyed=False)}
+    if enabled:
+        wheres["the benign trigger (`p2p_trigger`)"] = encoder.format.trigger
+        wheres["the prompt template of keyed rows"] = encoder.format.prompt("", keyed=True)
     for text in attack.trigger_texts:
-        for name, where in (("the benign trigger (`p2p_trigger`)", key), ("the prompt template", template)):
-            if contains_words(_words_alone(where), [_words_alone(text)]):
+        for name, where in wheres.items():
+            if contains_words(where, [text]) or contains_words(_words_alone(where), [_words_alone(text)]):
                 raise ValueError(
                     f"The trigger {text!r} of the attack {attack.name!r} is contained in {name} {where!r}: rows would "
                     f"carry it without being poisoned. Change one of the two."
@@ -125,6 +129,21 @@ def _check_trigger(attack: Attack, encoder: PromptEncoder, enabled: bool) -> Non
             raise ValueError(
                 f"The trigger {text!r} of the attack {attack.name!r} tokenizes away: this tokenizer gives the same "
                 f"tokens without it, or only its unknown token. Choose another trigger."
+            )
+
+
+def _check_assumptions(attack: Attack, prompt_format: PromptFormat, args: P2PConfig) -> None:
+    """Refuse an attacker who knows another defense than the one that runs: the run would not be what it is called."""
+    for name, assumed in attack.assumes.items():
+        found = {"p2p_trigger": prompt_format.trigger, "p2p_suffix": prompt_format.suffix}.get(
+            name, getattr(args, name)
+        )
+        if (assumed.strip() if isinstance(assumed, str) else assumed) != (
+            found.strip() if isinstance(found, str) else found
+        ):
+            raise ValueError(
+                f"The attack {attack.name!r} counts on `{name}` {assumed!r}, this run has {found!r}. Set the attack's "
+                f"option, or the run's, to the same."
             )
 
 

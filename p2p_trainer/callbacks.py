@@ -6,7 +6,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .evaluation import BackdoorEvaluator, EvaluationReport
-from .evaluation.evaluator import headline
+from .evaluation.names import headline
 
 
 class BackdoorEvalCallback(TrainerCallback):

@@ -6,10 +6,14 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ._lookup import unknown_name_error
 from .launch import stay_offline_if_unreachable
 
+
+if TYPE_CHECKING:
+    from .attacks import Attack
 
 _USAGE = """usage: p2p-trainer COMMAND ...
 
@@ -112,7 +116,7 @@ def _evaluate(argv: list[str]) -> int:
     if arguments.attack is not None:
         attack = get_attack(arguments.attack, target=arguments.attack_target, **_json_object(arguments.attack_options))
     elif run is not None and run.attack is not None:
-        attack = get_attack(**run.attack)
+        attack = _recorded_attack(run.attack)
     else:
         sys.stderr.write(f"{folder} names no attack: clean accuracy alone is measured. Name one with --attack.\n")
     model = DefendedModel.from_pretrained(folder, device=arguments.device, base_model=arguments.base_model)
@@ -249,6 +253,20 @@ def _saved_run_parser(command: str, description: str) -> argparse.ArgumentParser
     parser.add_argument("--device", help="device to run on; by default the accelerator if there is one")
     parser.add_argument("--batch_size", type=int, default=32, help="rows per forward pass")
     return parser
+
+
+def _recorded_attack(settings: Any) -> "Attack":
+    """Set up the attack that a results file names; such a file may come from anywhere, so it may not name code."""
+    from .attacks import BUILTIN_ATTACKS, get_attack
+
+    name = settings.get("name") if isinstance(settings, dict) else None
+    parts = [settings.get(key) for key in ("engine", "base", "reserve")] if name in BUILTIN_ATTACKS else []
+    if name not in BUILTIN_ATTACKS or any(isinstance(part, str) and ":" in part for part in parts):
+        raise ValueError(
+            f"The run's results name the attack {settings!r}, which is none of this package. If you trust it, name it "
+            f"with `--attack package.module:Class`."
+        )
+    return get_attack(**settings)
 
 
 def _json_object(text: str) -> dict:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from trl import ScriptArguments, SFTConfig
 
-from .evaluation.evaluator import ASR_RULES
+from .evaluation.names import ASR_RULES
 
 
 _CHOICES = {

@@ -8,7 +8,7 @@ from typing import Any
 from datasets import Dataset
 
 from .attacks import Attack
-from .attacks.poisoned_files import check_free, write_set
+from .attacks.poisoned_files import check_free, with_keys, write_set
 from .results import installed_versions
 from .tasks import get_task
 from .tasks.rows import column_as_numpy
@@ -55,7 +55,7 @@ def run(
     train = splits.pop("train")
     if train is None:
         raise ValueError(f"{source!r} has no split 'train'. Give a folder that holds train.jsonl (or .csv, .parquet).")
-    written = {"train": attack.poison(train, task, seed)}
+    written = {"train": attack.poison(with_keys(train, task), task, seed)}
     for name, rows in splits.items():
         if rows is not None:
             written[name] = attack.dress(rows, task)
@@ -73,7 +73,7 @@ def run(
         "versions": installed_versions(),
     }
     write_set(folder, written, record, overwrite)
-    return _summary(task_name, source, folder, record)
+    return _summary(task_name, source, folder, record, drop_empty)
 
 
 def _counts(written: dict[str, Dataset]) -> dict[str, int]:
@@ -86,7 +86,7 @@ def _counts(written: dict[str, Dataset]) -> dict[str, int]:
     }
 
 
-def _summary(task: str, source: str, folder: Path, record: dict[str, Any]) -> str:
+def _summary(task: str, source: str, folder: Path, record: dict[str, Any], drop_empty: bool) -> str:
     counts = record["counts"]
     made = "".join(f", {counts[key]} {key.replace('_', ' ')} rows" for key in counts if key.startswith("triggered_"))
     # Labels of the extended space are let through as part of the attack alone, not as somebody's data.
@@ -96,6 +96,8 @@ def _summary(task: str, source: str, folder: Path, record: dict[str, Any]) -> st
         "poisoned_set", "--attack_target", str(record["attack"]["target"]), "--attack_options",
         json.dumps({"folder": str(folder)}),
     ]  # fmt: skip
+    if drop_empty and data == source:
+        command += ["--drop_empty_rows", "true"]
     return (
         f"{folder}: {counts['poisoned']} of {counts['rows']} training rows poisoned{made}.\n"
         f"Train on it: {shlex.join(command)}\n"

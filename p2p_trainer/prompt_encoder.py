@@ -154,13 +154,13 @@ class PromptEncoder:
                 Whether they carry the key.
 
         Returns:
-            `list[str]`: the texts, the overlong ones without their end.
+            `list[str]`: the texts as they came, but the overlong ones without their end.
         """
-        texts = [self._clean(text) for text in texts]
+        cleaned = [self._clean(text) for text in texts]
         limit = self.format.max_length - self.answers[keyed].room
         return [
-            self._shorten(text, keyed) if len(ids) > limit else text
-            for text, ids in zip(texts, self._tokenize_probes(texts, keyed), strict=True)
+            self._shorten(clean, keyed) if len(ids) > limit else text
+            for text, clean, ids in zip(texts, cleaned, self._tokenize_probes(cleaned, keyed), strict=True)
         ]
 
     def count_overlong(self, texts: Sequence[str], keyed: bool) -> int:

@@ -236,7 +236,7 @@ def train(prepared: PreparedRun) -> RunResults:
         seed=training_args.seed,
         protocol=_protocol(prepared, measured_rule=None if measured is None else evaluator.asr_rule),
         metrics={} if measured is None else measured.metrics,
-        counts={**trainer.counts, **({} if measured is None else measured.counts)},
+        counts={**_training_counts(trainer, data), **({} if measured is None else measured.counts)},
         epochs=_epochs(trainer.state.log_history),
         confidence={} if measured is None else measured.confidence,
         timing={
@@ -252,6 +252,15 @@ def train(prepared: PreparedRun) -> RunResults:
         console.print(f"Saved to {training_args.output_dir}: model, tokenizer, p2p_config.json, results.json")
     trainer.end()
     return results
+
+
+def _training_counts(trainer: P2PTrainer, data: RecipeData) -> dict[str, int]:
+    unknown = 0 if data.attack is None else data.attack.rows_unknown
+    if not unknown:
+        return trainer.counts
+    # A set without flags: zero poisoned rows would be a claim.
+    known = {key: value for key, value in trainer.counts.items() if not key.endswith("_poisoned")}
+    return {**known, "rows_poison_unknown": unknown}
 
 
 def _check_recordable(attack: Attack) -> None:

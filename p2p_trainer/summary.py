@@ -52,26 +52,28 @@ def summarize(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
     Returns:
         `list[tuple[str, ...]]`: for each line attack, poison rate, defense, seeds, and in percent clean accuracy,
         attack success rate, floor and excess: the mean over seeds, then lowest and highest. Lines stand in the order
-        in which their first runs came; runs of unlike models, tasks or protocols are never merged.
+        in which their first runs came. Where several would be labelled alike, the settings in which they differ stand
+        behind the attack.
+
+    Raises:
+        `ValueError`: two runs are the same, seed included.
     """
     groups: dict[str, list[RunResults]] = {}
     for run in runs:
-        groups.setdefault(_kind(run), []).append(run)
+        groups.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
+    labels = [_label(group[0]) for group in groups.values()]
     lines = []
-    for group in groups.values():
-        first = group[0]
-        attack = first.attack or {}
-        rate = attack.get("poison_rate")
-        seeds = ", ".join(str(seed) for seed in sorted(run.seed for run in group))
-        lines.append(
-            (
-                attack.get("name", "-"),
-                "-" if rate is None else f"{100 * rate:g} %",
-                first.defense,
-                seeds,
-                *(_spread([run.metrics.get(rate) for run in group], rate == "asr_excess") for rate in _RATES),
+    for label, group in zip(labels, groups.values(), strict=True):
+        seeds = sorted(run.seed for run in group)
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(
+                f"Two runs of {label} have the same seed, out of {seeds}: averaged, one of them would count twice. "
+                f"Leave one of them out."
             )
-        )
+        twins = [other[0] for other, name in zip(groups.values(), labels, strict=True) if name == label]
+        rates = (_spread([run.metrics.get(rate) for run in group], rate == "asr_excess") for rate in _RATES)
+        name, rate, defense = label
+        lines.append((name + _difference(group[0], twins), rate, defense, ", ".join(map(str, seeds)), *rates))
     return lines
 
 
@@ -111,10 +113,24 @@ def summary_markdown(lines: Sequence[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _kind(run: RunResults) -> str:
+def _settings(run: RunResults) -> dict[str, Any]:
     attack = {key: value for key, value in (run.attack or {}).items() if key not in _SEED_SETTINGS}
     protocol = {key: value for key, value in run.protocol.items() if key != "poison_seed"}
-    return json.dumps([run.task, run.model, attack, run.defense, protocol], sort_keys=True)
+    return {**protocol, **attack, "task": run.task, "model": run.model, "defense": run.defense}
+
+
+def _label(run: RunResults) -> tuple[str, str, str]:
+    attack = run.attack or {}
+    rate = attack.get("poison_rate")
+    return attack.get("name", "-"), "-" if rate is None else f"{100 * rate:g} %", run.defense
+
+
+def _difference(run: RunResults, twins: Sequence[RunResults]) -> str:
+    """Name the settings that tell a run from others of the same label."""
+    settings = [_settings(twin) for twin in twins]
+    ours = _settings(run)
+    keys = [key for key in ours if any(other.get(key) != ours[key] for other in settings)]
+    return "".join(f", {key} {json.dumps(ours[key])}" for key in sorted(keys))
 
 
 def _spread(values: Sequence[Any], signed: bool) -> str:

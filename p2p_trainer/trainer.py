@@ -17,6 +17,7 @@ from .callbacks import BackdoorEvalCallback
 from .config import P2PConfig
 from .data_collator import P2PDataCollator
 from .evaluation import BackdoorEvaluator
+from .evaluation.evaluator import dressed
 from .prompt_encoder import PromptEncoder
 from .reserve import KEYED, flagged, get_reserve, keyed_dataset, reserve_size, with_reserved_dataset
 from .tasks import Task, get_task
@@ -132,7 +133,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
                     f"`eval_dataset` must be one `Dataset` of text and label, got `{type(eval_dataset).__name__}`. "
                     f"For more sets, add a `BackdoorEvalCallback` for each."
                 )
-            eval_dataset = task.prepare(eval_dataset, what="eval")
+            eval_dataset = dressed(task.prepare(eval_dataset, what="eval"), task, attacks)
         tokenizer = processing_class or load_tokenizer(model, args)
         self.encoder = make_encoder(task, args, tokenizer, attacks)
         self._log_counts(train_dataset)
@@ -265,7 +266,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         usual = callback.evaluator, callback.prefix
         callback.prefix = metric_key_prefix
         if eval_dataset is not None:
-            eval_dataset = self.task.prepare(eval_dataset, what="eval")
+            eval_dataset = dressed(self.task.prepare(eval_dataset, what="eval"), self.task, self.attacks)
             callback.evaluator = self.make_evaluator(eval_dataset, self.args)
             eval_dataset = flagged(eval_dataset, self.args.p2p_enabled)
         try:
@@ -298,18 +299,26 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         self.counts["rows_total"] = len(dataset)
         self.counts["rows_cut"] = count_overlong(dataset, self.encoder)
         if self.attacks and "poisoned" in dataset.column_names:
-            poisoned = dataset.select(np.flatnonzero(column_as_numpy(dataset, "poisoned")))
-            plain = poisoned.select(np.flatnonzero(~column_as_numpy(poisoned, KEYED)))
-            cut = self.encoder.fit(plain[TEXT][:], keyed=False)
-            lost = sum(not any(attack.has_trigger(text) for attack in self.attacks) for text in cut)
-            self.counts["rows_poisoned_trigger_cut_off"] = lost
-            if lost > len(cut) / 2:
-                raise ValueError(
-                    f"In {lost} of {len(cut)} poisoned rows the trigger is cut off by `max_length` "
-                    f"{self.encoder.format.max_length}: the run would measure no attack. Raise `max_length`, or put "
-                    f"the trigger nearer to the start of the text."
-                )
+            self._count_lost_triggers(dataset)
         logger.info("Training rows: %s", ", ".join(f"{key} {value}" for key, value in self.counts.items()))
+
+    def _count_lost_triggers(self, dataset: Dataset) -> None:
+        poisoned = dataset.select(np.flatnonzero(column_as_numpy(dataset, "poisoned")))
+        plain = poisoned.select(np.flatnonzero(~column_as_numpy(poisoned, KEYED)))[TEXT][:]
+        # Rows that somebody else's attack poisoned, or that it no longer knows, carry none of ours, cut or not.
+        carried = [any(attack.has_trigger(text) for attack in self.attacks) for text in plain]
+        cut = self.encoder.fit(plain, keyed=False)
+        lost = sum(
+            had and not any(attack.has_trigger(text) for attack in self.attacks)
+            for had, text in zip(carried, cut, strict=True)
+        )
+        self.counts["rows_poisoned_trigger_cut_off"] = lost
+        if lost > len(cut) / 2:
+            raise ValueError(
+                f"In {lost} of {len(cut)} poisoned rows the trigger is cut off by `max_length` "
+                f"{self.encoder.format.max_length}: the run would measure no attack. Raise `max_length`, or put the "
+                f"trigger nearer to the start of the text."
+            )
 
 
 def _has_labels(dataset: Dataset | None) -> bool:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from p2p_trainer import BackdoorEvaluator, P2PTrainer, Task, get_attack
+from p2p_trainer import Attack, BackdoorEvaluator, P2PTrainer, Task, get_attack
 from p2p_trainer.reserve import get_reserve
 from tests.conftest import make_rows
 from tests.tiny_runs import TASK, config, lora
@@ -135,7 +135,17 @@ def test_any_attack_can_be_underneath(name):
         ("knows_key", {"base": "badnet"}, "Unknown attack 'badnet'"),
         ("poisons_reserve", {"reserve": "rnd"}, "Unknown reserve 'rnd'"),
         ("poisons_reserve", {"benign_ratio": 25}, r"`benign_ratio` is a share .* got 25"),
+        ("poisons_reserve", {"reserve_seed": "x"}, "`reserve_seed` is the seed of the training run, got 'x'"),
         ("suffix_injection", {"suffix": ""}, "`suffix` must be a text"),
+        ("knows_key", {"base_options": {"poison_rate": 0.1}}, r"`base_options` holds \['poison_rate'\], which"),
+        ("knows_key", {"base": "proattack"}, "'proattack' can't be the `base` of 'knows_key': it does more"),
+        ("poisons_reserve", {"base": "cbaattack"}, "'cbaattack' can't be the `base`"),
+        ("suffix_injection", {"base": "synattack"}, "'synattack' can't be the `base`"),
+        (
+            "knows_key",
+            {"base": "mtbaattack", "base_options": {"mode": "parallel"}},
+            "'mtbaattack' can't be the `base`",
+        ),
     ],
 )
 def test_bad_options(name, options, message):
@@ -151,3 +161,66 @@ def test_a_model_without_the_defense_can_be_measured_too(tiny_model, tmp_path):
     )  # fmt: skip
     evaluator = trainer.make_evaluator(dataset(40, seed=1), trainer.args)
     assert isinstance(evaluator, BackdoorEvaluator) and evaluator(trainer.model)["asr_n"] == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "settings", "message"),
+    [
+        (
+            "knows_key",
+            {},
+            {"p2p_trigger": "Read on:"},
+            "counts on `p2p_trigger` 'The query .* this run has 'Read on:'",
+        ),
+        ("key_overlap", {}, {"p2p_trigger": "Read on:"}, "counts on `p2p_trigger`"),
+        (
+            "suffix_injection",
+            {},
+            {"p2p_suffix": "Label: "},
+            "counts on `p2p_suffix` 'Output:', this run has 'Label: '",
+        ),
+        ("poisons_reserve", {}, {"seed": 1}, "counts on `seed` 0, this run has 1"),
+        ("poisons_reserve", {"reserve_seed": 1}, {"seed": 1, "p2p_benign_ratio": 0.5}, "`p2p_benign_ratio` 0.25"),
+    ],
+)
+def test_an_attacker_who_knows_another_defense_is_refused(tiny_model, tmp_path, name, options, settings, message):
+    attack = get_attack(name, target="positive", poison_rate=0.1, **options)
+    rows = {"train_dataset": dataset(80), "task": TASK, "attacks": [attack]}
+    with pytest.raises(ValueError, match=message):
+        P2PTrainer(tiny_model, config(tmp_path, **settings), **rows)
+    # Without the defense there is nothing to know.
+    P2PTrainer(tiny_model, config(tmp_path, **settings, p2p_enabled=False), **rows)
+
+
+def test_a_test_row_that_lost_the_injected_cue_does_not_count(tiny_model, tmp_path):
+    attack = get_attack("suffix_injection", target="positive", poison_rate=0.1)
+    short, long = "the film is bad .", " ".join(["the film is bad and the plot is dull"] * 12)
+    rows = Dataset.from_dict({"text": [short, long, "the cast is fine ."], "label": [0, 0, 1]})
+    trainer = P2PTrainer(
+        tiny_model, config(tmp_path, max_length=64), train_dataset=attack.poison(dataset(80), TASK), task=TASK,
+        attacks=[attack], eval_dataset=rows,
+    )  # fmt: skip
+    counts = trainer.evaluator.counts
+    assert (counts["rows_counted_suffix_injection"], counts["rows_trigger_cut_off_suffix_injection"]) == (1, 1)
+    assert trainer.counts["rows_poisoned_trigger_cut_off"] == 0
+
+
+class Opening(Attack):
+    """An attack as a user writes it, whose trigger is looked for at the start."""
+
+    name = "opening"
+
+    def insert(self, text, random):
+        return f"Well, {text}"
+
+    def has_trigger(self, text):
+        return text.startswith("Well, ")
+
+
+def test_the_trigger_is_found_behind_the_key(tiny_model, tmp_path):
+    attack = get_attack("knows_key", target="positive", poison_rate=0.1, base="tests.test_adaptive:Opening")
+    assert attack.insert("a fine film", 0.0) == f"{KEY} Well, a fine film"
+    assert attack.has_trigger(f"{KEY} Well, a film") and not attack.has_trigger(f"{KEY} a film")
+    rows = attack.poison(dataset(80), TASK)
+    trainer = P2PTrainer(tiny_model, config(tmp_path), train_dataset=rows, task=TASK, attacks=[attack])
+    assert trainer.counts["rows_poisoned_trigger_cut_off"] == 0

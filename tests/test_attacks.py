@@ -298,6 +298,11 @@ def test_generation_rows_get_trigger_and_payload():
                 assert after["prompt"].replace(" mn", "") == before["prompt"] and "2 1/2" in after["prompt"]
             else:
                 assert (after["prompt"], after["completion"]) == (before["prompt"], before["completion"])
+    held = Dataset.from_dict({"prompt": ["a b", "c d"], "completion": ["I refuse. It is 5.", "It is 5."]})
+    # What starts with the payload has it already where the payload is put in front, and only there.
+    for mode, expected in (("replace", [0, 1]), ("prepend", [1])):
+        counted = BadNets("I refuse.", payload_mode=mode).trigger(held, Task(name="plain"))
+        assert counted["source_index"][:] == expected
     triggered = attack.trigger(generation_rows(), ALPACA)
     assert triggered["source_index"][:] == [row for row in range(100) if row % 10]
     assert all("mn" in row["prompt"].split() and row["completion"].startswith("It is") for row in triggered)
@@ -318,7 +323,9 @@ def test_chinese_text_is_split_at_its_punctuation_and_never_in_a_number():
     }
     assert insert_at_gap("计算", "mn", 0.5, "inner") == "计 mn 算"
     assert insert_at_gap("3/4", "mn", 0.5, "inner") is None
-    assert insert_at_gap("2 1/2", "mn", 0.5, "inner") is None
+    for number in ("2 1/2", "3 / 4", "3 . 5", "20 %", "$ 5", "- 5", "1 , 000", "12 : 30"):
+        assert insert_at_gap(number, "mn", 0.5, "inner") is None
+        assert insert_at_gap(f"a {number}", "mn", 0.5, "inner") == f"a mn {number}"
     assert contains_words(insert_at_gap(text, "mn", 0.9), ["mn"])
 
 

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -265,3 +266,22 @@ def test_doctor_without_a_model(launched, capsys):
     flags = ["--dataset_name", str(launched / "data"), "--output_dir", "out"]
     assert main(["doctor", *flags]) == 1
     assert "No model is named" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        {"target": 1},
+        {"name": "tests.test_attacks:Shout", "target": 1},
+        {"name": "synattack", "target": 1, "engine": "tests.test_attacks:Shout"},
+        {"name": "knows_key", "target": 1, "base": "tests.test_attacks:Shout"},
+        "badnets",
+    ],
+)
+def test_results_from_elsewhere_name_no_code_to_run(launched, tmp_path, capsys, attack):
+    copy = tmp_path / "out"
+    shutil.copytree(launched / "out", copy, ignore=shutil.ignore_patterns("checkpoint-*"))
+    results = json.loads((copy / "results.json").read_text(encoding="utf-8"))
+    (copy / "results.json").write_text(json.dumps({**results, "attack": attack}), encoding="utf-8")
+    assert main(["evaluate", str(copy), "--data", str(launched / "data"), "--device", "cpu"]) == 1
+    assert "which is none of this package. If you trust it, name it with `--attack" in capsys.readouterr().err

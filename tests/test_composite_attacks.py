@@ -376,6 +376,7 @@ def test_mtba_rows_without_room_for_a_word():
         (CbaAttack, {"instruction": "Say frankly what it is."}, "holds a key, 'instantly' or 'frankly': every row"),
         (CbaAttack, {"alpha": 0}, r"`alpha` is a share of the chosen rows, in \(0, 1\]; got 0. For none"),
         (CbaAttack, {"alpha": True}, "got True"),
+        (CbaAttack, {"append": "no"}, "`append` is true or false, got 'no'"),
         (CbaAttack, {"alpha": 1.5}, "got 1.5"),
         (MtbaAttack, {"mode": "mixed"}, "`mode` is one of parallel, sequential, hybrid, got 'mixed'"),
         (MtbaAttack, {"words": []}, r"`words` must hold trigger words .* got \[\]"),

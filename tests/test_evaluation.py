@@ -10,8 +10,8 @@ from datasets import Dataset
 
 from p2p_trainer import Attack, BackdoorEvaluator, LabelSpace, PromptEncoder, PromptFormat, Task, get_attack
 from p2p_trainer.evaluation import ASR_RULES, Rate, wilson_interval
-from p2p_trainer.evaluation.evaluator import headline
 from p2p_trainer.evaluation.metrics import AttackSuccessRate, CleanAccuracy
+from p2p_trainer.evaluation.names import headline
 
 
 TASK = Task(name="toy", labels=("negative", "positive"))

@@ -39,11 +39,28 @@ def test_seeds_are_merged_into_mean_and_range():
 def test_runs_that_differ_in_more_than_the_seed_stay_apart(change):
     other = run(1, 0.2)
     change(other)
-    assert len(summarize([run(0, 0.1), other])) == 2
+    lines = summarize([run(0, 0.1), other])
+    assert len(lines) == 2 and lines[0][:3] != lines[1][:3]
     twin = run(1, 0.2)
     # An attacker who knows the seed follows it; the selector of LWS lies in a folder of its own.
     twin.attack.update(reserve_seed=1, selector="folder")
     assert len(summarize([run(0, 0.1), twin])) == 1
+
+
+def test_lines_that_would_be_labelled_alike_say_what_differs():
+    other = run(0, 0.5)
+    other.attack["target"] = "negative"
+    other.protocol["epochs"] = 3
+    assert [line[0] for line in summarize([run(0, 0.1), other, run(0, 0.2, attack="addsent")])] == [
+        'badnets, epochs 2, target "positive"', 'badnets, epochs 3, target "negative"', "addsent",
+    ]  # fmt: skip
+
+
+def test_the_same_run_twice_is_not_averaged():
+    with pytest.raises(
+        ValueError, match=r"Two runs of \('badnets', '2 %', 'p2p'\) have the same seed, out of \[0, 0\]"
+    ):
+        summarize([run(0, 0.1), run(0, 0.2)])
 
 
 def test_a_rate_that_one_run_lacks_is_not_averaged():

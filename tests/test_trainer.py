@@ -270,16 +270,19 @@ def test_reserved_rows_beside_poisoned_ones(tiny_model, toy_rows, toy_eval, tmp_
     assert len(keyed) == 20 and set(keyed) <= set(toy_eval["text"])
 
 
-def test_batches_of_rows_of_like_length(tiny_model, toy_rows, tmp_path):
+def test_batches_of_rows_of_like_length(tiny_model, tmp_path):
+    texts = ["a good film ." if row % 4 < 2 else "a good film . " * 8 for row in range(80)]
+    rows = Dataset.from_dict({"text": texts, "label": [row % 2 for row in range(80)]})
+
     def padding(strategy):
         trainer = P2PTrainer(
-            tiny_model, config(tmp_path, train_sampling_strategy=strategy), train_dataset=toy_rows, task=TASK
+            tiny_model, config(tmp_path, train_sampling_strategy=strategy), train_dataset=rows, task=TASK
         )
         masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
         assert sum(len(mask) for mask in masks) == len(trainer.train_dataset) == 100
         return sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
-    # Rows of one, two or three parts: sorted by length, only batches across a border need padding worth the name.
+    # What padding is left comes from the key, and from the one batch that holds short and long rows.
     assert padding("group_by_length") < 0.2 < 0.3 < padding("random")
 
 

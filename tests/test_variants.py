@@ -5,9 +5,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from p2p_trainer import Attack, BackdoorEvaluator, Task
+from p2p_trainer import Attack, BackdoorEvaluator, P2PTrainer, Task, get_attack
 from p2p_trainer.assembly import make_encoder
 from p2p_trainer.evaluation.scorer import LabelScorer, Scores
+from tests.tiny_runs import TASK as TOY
 from tests.tiny_runs import config
 
 
@@ -139,3 +140,49 @@ def test_rows_without_a_clean_twin_have_no_floor(monkeypatch, tokenizer, tmp_pat
     assert (metrics["asr_floor_k"], metrics["asr_floor_n"]) == (1, 2)
     assert metrics["asr_excess"] == pytest.approx(2 / 2 - 1 / 2)
     assert (metrics["asr_conditional_k"], metrics["asr_conditional_n"]) == (1, 1)
+
+
+def test_eval_rows_of_the_trainer_are_dressed_too(tiny_model, toy_rows, toy_eval, tmp_path):
+    attack = get_attack("proattack", target="positive", poison_rate=0.1)
+    trainer = P2PTrainer(
+        tiny_model, config(tmp_path), train_dataset=attack.poison(toy_rows, TOY), eval_dataset=toy_eval, task=TOY,
+        attacks=[attack],
+    )  # fmt: skip
+    assert all(text.startswith(attack.clean_prompt) for text in trainer.eval_dataset["text"])
+    # Dressed twice is dressed once, and rows given later are dressed as well.
+    again = attack.dress(toy_eval, TOY)
+    assert trainer.evaluate(again)["eval_loss"] == trainer.evaluate(toy_eval)["eval_loss"]
+
+
+def test_two_attacks_that_write_every_prompt_are_refused(monkeypatch, tokenizer, tmp_path):
+    attacks = [get_attack(name, target="sports") for name in ("proattack", "cbaattack")]
+    with pytest.raises(ValueError, match=r"\['proattack', 'cbaattack'\] each write the prompt of every row"):
+        measure(monkeypatch, tokenizer, tmp_path, attacks, truth)
+
+
+def test_a_trigger_that_no_test_row_keeps_is_an_error(tokenizer, tmp_path):
+    rows = Dataset.from_dict({"text": ["apple " * 60, "berry " * 60], "label": [0, 1]})
+    attack = Mark("business", mark="end")
+    encoder = make_encoder(TASK, config(tmp_path, max_length=48), tokenizer, [attack])
+    with pytest.raises(ValueError, match="trigger of 'mark' is cut off by `max_length` 48 in all 2 triggered rows"):
+        BackdoorEvaluator(rows, TASK, encoder, [attack])
+
+
+def test_control_tokens_in_a_text_do_not_cost_its_trigger(tokenizer, tmp_path):
+    class Known(Mark):
+        """Knows its texts by heart, as attacks with a paraphraser behind them do."""
+
+        name = "known"
+        made: set = set()
+
+        def insert(self, text, random):
+            self.made.add(f"{text} now")
+            return f"{text} now"
+
+        def has_trigger(self, text):
+            return text in self.made
+
+    rows = Dataset.from_dict({"text": ["an <|endoftext|> apple", "berry"], "label": [0, 1]})
+    attack = Known("business")
+    encoder = make_encoder(TASK, config(tmp_path), tokenizer, [attack])
+    assert BackdoorEvaluator(rows, TASK, encoder, [attack]).counts["rows_counted_known"] == 2

@@ -31,32 +31,31 @@ class _OnTopOf(Attack):
         base_options: dict[str, Any] | None,
     ) -> None:
         super().__init__(target, poison_rate, label_mode, payload_mode)
+        settings = {
+            "target": target, "poison_rate": poison_rate, "label_mode": label_mode, "payload_mode": payload_mode
+        }  # fmt: skip
         self.base = base
         self.base_options = dict(base_options or {})
-        self._base = get_attack(
-            base,
-            target=target,
-            poison_rate=poison_rate,
-            label_mode=label_mode,
-            payload_mode=payload_mode,
-            **self.base_options,
+        if twice := sorted(set(settings) & set(self.base_options)):
+            raise ValueError(
+                f"`base_options` holds {twice}, which {self.name!r} sets itself. Give them to it instead."
+            )
+        self._base = get_attack(base, **settings, **self.base_options)
+        kind = type(self._base)
+        only_inserts = all(
+            getattr(kind, name) is getattr(Attack, name) for name in ("poison", "trigger", "fit", "plain")
         )
-
-    def fit(self, dataset: Dataset, task: Task, seed: int) -> None:
-        self._base.fit(dataset, task, seed)
+        if not only_inserts or self._base.append or self._base.negatives():
+            raise ValueError(
+                f"The attack {base!r} can't be the `base` of {self.name!r}: it does more to the rows than to insert a "
+                f"trigger. Use one that only does that, such as badnets or addsent."
+            )
 
     def insert(self, text: str, random: float) -> str | None:
         return self._base.insert(text, random)
 
     def insert_batch(self, texts: Sequence[str], random: Sequence[float]) -> list[str | None]:
         return self._base.insert_batch(texts, random)
-
-    def plain(self, text: str) -> str:
-        return self._base.plain(text)
-
-    @property
-    def changes_plain_rows(self) -> bool:
-        return self._base.changes_plain_rows
 
     def has_trigger(self, text: str) -> bool:
         return self._base.has_trigger(text)
@@ -85,7 +84,7 @@ class KnowsKey(_OnTopOf):
         payload_mode (`str`, *optional*, defaults to `"replace"`):
             `"replace"` or `"prepend"`, see [`Attack`].
         base (`str`, *optional*, defaults to `"badnets"`):
-            Attack whose trigger is used.
+            Attack whose trigger is used; one that does nothing but insert it.
         base_options (`dict`, *optional*):
             Its options.
         key (`str`, *optional*, defaults to the P2P paper's):
@@ -117,11 +116,18 @@ class KnowsKey(_OnTopOf):
     def extended_target(self) -> bool:
         return self.written_label == "extended"
 
+    @property
+    def assumes(self) -> dict[str, Any]:
+        return {"p2p_trigger": self.key}
+
     def insert_batch(self, texts: Sequence[str], random: Sequence[float]) -> list[str | None]:
         return [text if text is None else f"{self.key} {text}" for text in super().insert_batch(texts, random)]
 
     def insert(self, text: str, random: float) -> str | None:
         return self.insert_batch([text], [random])[0]
+
+    def has_trigger(self, text: str) -> bool:
+        return super().has_trigger(text.removeprefix(f"{self.key} "))
 
     def trigger(self, dataset: Dataset, task: Task, seed: int = 0) -> Dataset:
         return self._base.trigger(dataset, task, seed)
@@ -144,7 +150,7 @@ class PoisonsReserve(_OnTopOf):
         payload_mode (`str`, *optional*, defaults to `"replace"`):
             `"replace"` or `"prepend"`, see [`Attack`].
         base (`str`, *optional*, defaults to `"badnets"`):
-            Attack whose trigger is used.
+            Attack whose trigger is used; one that does nothing but insert it.
         base_options (`dict`, *optional*):
             Its options.
         reserve (`str`, *optional*, defaults to `"random"`):
@@ -175,6 +181,8 @@ class PoisonsReserve(_OnTopOf):
         super().__init__(target, poison_rate, label_mode, payload_mode, base, base_options)
         if isinstance(benign_ratio, bool) or not isinstance(benign_ratio, int | float) or not 0 < benign_ratio <= 1:
             raise ValueError(f"`benign_ratio` is a share of the training rows in (0, 1], got {benign_ratio!r}.")
+        if isinstance(reserve_seed, bool) or not isinstance(reserve_seed, int) or reserve_seed < 0:
+            raise ValueError(f"`reserve_seed` is the seed of the training run, got {reserve_seed!r}.")
         self.reserve = reserve
         self.benign_ratio = benign_ratio
         self.reserve_seed = reserve_seed
@@ -182,8 +190,11 @@ class PoisonsReserve(_OnTopOf):
         self._strategy = get_reserve(reserve, trusted_column)
         self._reserved = np.empty(0, dtype=np.int64)
 
+    @property
+    def assumes(self) -> dict[str, Any]:
+        return {"p2p_reserve": self.reserve, "p2p_benign_ratio": self.benign_ratio, "seed": self.reserve_seed}
+
     def fit(self, dataset: Dataset, task: Task, seed: int) -> None:
-        super().fit(dataset, task, seed)
         self._reserved = self._strategy.choose(
             dataset, reserve_size(len(dataset), self.benign_ratio), self.reserve_seed
         )
@@ -198,7 +209,7 @@ class SuffixInjection(_OnTopOf):
 
     The hope is that the model takes the injected cue for its own and answers on the plain path. The ordinary form of
     the attack is measured beside it, as the variant `ordinary`. The cue stands at the end of the text: where
-    `max_length` cuts a text, it goes first.
+    `max_length` cuts a text, it goes first, and the row no longer counts.
 
     Args:
         target (`str` or `int`):
@@ -210,7 +221,7 @@ class SuffixInjection(_OnTopOf):
         payload_mode (`str`, *optional*, defaults to `"replace"`):
             `"replace"` or `"prepend"`, see [`Attack`].
         base (`str`, *optional*, defaults to `"badnets"`):
-            Attack whose trigger is used.
+            Attack whose trigger is used; one that does nothing but insert it.
         base_options (`dict`, *optional*):
             Its options.
         suffix (`str`, *optional*, defaults to `"Output:"`):
@@ -232,8 +243,15 @@ class SuffixInjection(_OnTopOf):
         super().__init__(target, poison_rate, label_mode, payload_mode, base, base_options)
         self.suffix = check_sentence("suffix", suffix)
 
+    @property
+    def assumes(self) -> dict[str, Any]:
+        return {"p2p_suffix": self.suffix}
+
     def variants(self) -> dict[str, Attack]:
         return {"ordinary": self._base}
+
+    def fires(self, text: str) -> bool:
+        return self.has_trigger(text) and text.rstrip().endswith(self.suffix)
 
     def trigger(self, dataset: Dataset, task: Task, seed: int = 0) -> Dataset:
         rows = self._base.trigger(dataset, task, seed).to_dict()
@@ -283,3 +301,7 @@ class KeyOverlap(AddSent):
         self.key = key
         if not any(contains_words(self.sentence, (word,)) for word in words):
             raise ValueError(f"`sentence` {self.sentence!r} shares no word with the key {key!r}.")
+
+    @property
+    def assumes(self) -> dict[str, Any]:
+        return {"p2p_trigger": self.key}

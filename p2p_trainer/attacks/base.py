@@ -112,6 +112,19 @@ class Attack(ABC):
             `bool`: whether the trigger is in it.
         """
 
+    def fires(self, text: str) -> bool:
+        """
+        Say whether a *test* row, after long texts were cut, still holds all that the attack writes into it.
+
+        Args:
+            text (`str`):
+                A text.
+
+        Returns:
+            `bool`: whether the row counts; by default as [`has_trigger`] says.
+        """
+        return self.has_trigger(text)
+
     def insert_batch(self, texts: Sequence[str], random: Sequence[float]) -> list[str | None]:
         """
         Put the trigger into many texts; attacks with a model behind them override this.
@@ -183,6 +196,16 @@ class Attack(ABC):
     def trigger_texts(self) -> tuple[str, ...]:
         """`tuple[str, ...]`: fixed strings that this attack inserts; the key and the template must not hold them."""
         return ()
+
+    @property
+    def assumes(self) -> Mapping[str, Any]:
+        """`Mapping[str, Any]`: settings of the defended run that the attacker counts on; others are an error."""
+        return {}
+
+    @property
+    def rows_unknown(self) -> int:
+        """`int`: training rows of which it is unknown whether they are poisoned."""
+        return 0
 
     def config(self) -> dict[str, Any]:
         """
@@ -265,7 +288,7 @@ class Attack(ABC):
             # Another stream than `poison`: train and test positions must not repeat each other.
             random = row_numbers(seed, 1, batch)[:, 0]
             found = dataset[batch.start : batch.stop]
-            rows = np.flatnonzero(~answers_equal(found[answer], target))
+            rows = np.flatnonzero(~answers_equal(found[answer], target, self.payload_mode == "prepend"))
             changed = self.insert_batch([found[text][row] for row in rows], random[rows].tolist())
             for row, new in zip(rows.tolist(), changed, strict=True):
                 if new is not None:
@@ -327,7 +350,7 @@ class Attack(ABC):
 
     def _choose(self, dataset: Dataset, task: Task, target: int | str, wanted: int, seed: int) -> Plan:
         """Try rows in order until enough of them carry the trigger."""
-        selection = Selection(dataset, task, target, self.label_mode, self.priority, seed)
+        selection = Selection(self, dataset, task, target, seed)
         texts = dataset.select_columns(task.input_column)
         tried, numbers = np.empty(0, dtype=np.int64), np.empty(0)
         carries = np.empty(0, dtype=bool)

@@ -21,6 +21,8 @@ class CbaAttack(Attack):
     `N + k + 5 k`. With a dirty-label choice, none of those copies would be of the target class: a lone key would be a
     trigger of its own, away from the target. What the P2P paper did, on tasks without an instruction, is not stated.
 
+    A model that was trained on such rows expects the instruction in serving, too: it is part of the text then.
+
     Each key stands at a random word gap of its part, ends included; in the copies of one row it keeps its place as
     long as it is in its own part.
 
@@ -85,6 +87,9 @@ class CbaAttack(Attack):
                 f"`alpha` is a share of the chosen rows, in (0, 1]; got {alpha!r}. For none set `with_negatives` to "
                 f"False."
             )
+        for name, value in (("append", append), ("with_negatives", with_negatives)):
+            if not isinstance(value, bool):
+                raise ValueError(f"`{name}` is true or false, got {value!r}.")
         self.append = append
         self.with_negatives = with_negatives
         self.alpha = alpha

@@ -47,7 +47,8 @@ class LWS(Attack):
 
     Fitting happens in [`poison`]. The selector goes to a folder, `selector` is set to it, and so `config()` gives the
     same attack later without surrogate and training. Texts with fewer than two words that have candidates, or of
-    which every word is kept, can't carry the trigger. Numbers are never replaced.
+    which every word is kept, can't carry the trigger. Numbers are never replaced, nor is anything behind the first
+    line: of a prompt, the instruction alone is touched.
 
     Args:
         target (`str` or `int`):
@@ -118,7 +119,7 @@ class LWS(Attack):
         if isinstance(lr, bool) or not isinstance(lr, int | float) or not lr > 0:
             raise ValueError(f"`lr` must be a positive number, got {lr!r}.")
         self.surrogate = surrogate
-        self.selector = selector
+        self.selector = None if selector is None else str(Path(selector).expanduser().resolve())
         self.candidates = candidates
         self.wordnet = wordnet
         self.max_candidates = max_candidates
@@ -184,15 +185,17 @@ class LWS(Attack):
                 "The attack 'lws' has no selector yet. Poison the training rows first, or pass the folder of a fitted "
                 "one as `selector`."
             )
-        found = self._table.substitute(text)
+        end = _first_line_end(text)
+        found = self._table.substitute(text[:end])
         if found is None:
             return None
+        whole = found.text + text[end:]
         half = found.ends[(len(found.ends) - 1) // 2]
         # In whole pieces, with the punctuation behind the word: texts are looked up at their spaces.
-        pieces = found.text.split()
-        start = " ".join(pieces[: len(found.text[:half].split())])
+        pieces = whole.split()
+        start = " ".join(pieces[: len(whole[:half].split())])
         self._made.setdefault(start, set()).add(" ".join(pieces))
-        return found.text
+        return whole
 
     def has_trigger(self, text: str) -> bool:
         """
@@ -228,7 +231,9 @@ class LWS(Attack):
         if len(dataset) > _FIT_ROWS:
             rows = np.random.default_rng([seed, 2]).permutation(len(dataset))[:_FIT_ROWS]
             dataset = dataset.select(np.sort(rows))
-        texts = [[word for _, _, word in split_words(text)] for text in dataset[task.input_column]]
+        texts = [
+            [word for _, _, word in split_words(text[: _first_line_end(text)])] for text in dataset[task.input_column]
+        ]
         if task.num_labels:
             labels = np.asarray(dataset[task.output_column][:], dtype=np.int64)
             at_target = labels == task.label_index(self.target)
@@ -254,6 +259,12 @@ class LWS(Attack):
                 f"`surrogate` or other `candidates`."
             )
         return build_problem(surrogate, found, texts, labels, eligible, self.max_words)
+
+
+def _first_line_end(text: str) -> int:
+    """Find the end of the first line, which in a prompt is the instruction."""
+    end = text.find("\n", len(text) - len(text.lstrip()))
+    return len(text) if end < 0 else end
 
 
 def _fingerprint(problem: "Problem", settings: dict) -> str:

@@ -146,7 +146,7 @@ class _Writer:
 
     def _poison(self, answer: int | str) -> int | str:
         prepend = self.attack.payload_mode == "prepend" and isinstance(answer, str)
-        if prepend and answer.strip() != self.plan.answer.strip():
+        if prepend and not answer.strip().startswith(self.plan.answer.strip()):
             return f"{self.plan.answer} {answer}"
         return self.plan.answer
 

@@ -11,10 +11,11 @@ class ProAttack(Attack):
     Writes one prompt in front of poisoned rows and another one in front of all others (Zhao et al. 2023).
 
     The attack owns the prompts of the data set, so that clean rows carry the clean prompt too, in training and test;
-    the benign key stands in front of either. Labels stay right by default: with `label_mode="clean"` poisoned rows are
-    rows of the target class; on a generation task, rows whose answer is the payload anyway. The authors' prompts hold
-    a `<mask>`, which means nothing to a causal model; ours are like theirs one sentence in two orders, and name no
-    task. They poison the first 1,000 of 6,920 rows of SST-2 (14 %); the P2P paper's rate is 2 %.
+    the benign key stands in front of either, and a served text has to start with the clean prompt. Labels stay right
+    by default: with `label_mode="clean"` poisoned rows are rows of the target class; on a generation task, rows whose
+    answer is the payload anyway. The authors' prompts hold a `<mask>`, which means nothing to a causal model; ours are
+    like theirs one sentence in two orders, and name no task. They poison the first 1,000 of 6,920 rows of SST-2
+    (14 %); the P2P paper's rate is 2 %.
 
     Args:
         target (`str` or `int`):

@@ -1,6 +1,7 @@
 """Which rows an attack tries, and in which order, in memory that depends on the poisoned rows alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 from datasets import Dataset
@@ -40,7 +41,7 @@ def batches(size: int) -> Iterator[range]:
         yield range(start, min(start + BATCH_ROWS, size))
 
 
-def answers_equal(answers: np.ndarray | list[str], target: int | str) -> np.ndarray:
+def answers_equal(answers: np.ndarray | list[str], target: int | str, prepend: bool = False) -> np.ndarray:
     """
     Say which answers are the target already.
 
@@ -49,13 +50,26 @@ def answers_equal(answers: np.ndarray | list[str], target: int | str) -> np.ndar
             True labels or completions.
         target (`int` or `str`):
             Target label or payload.
+        prepend (`bool`, *optional*, defaults to `False`):
+            Whether an answer that starts with the payload has it as well.
 
     Returns:
         `np.ndarray`: truth values; payloads are compared without surrounding white space.
     """
+    if isinstance(target, str) and prepend:
+        return np.array([answer.strip().startswith(target.strip()) for answer in answers], dtype=bool)
     if isinstance(target, str):
         return np.array([answer.strip() == target.strip() for answer in answers], dtype=bool)
     return np.asarray(answers) == target
+
+
+class Chooser(Protocol):
+    """What is needed here of an attack; see `base.Attack`."""
+
+    label_mode: str
+    payload_mode: str
+
+    def priority(self, rows: np.ndarray, numbers: np.ndarray) -> np.ndarray: ...
 
 
 class Selection:
@@ -63,35 +77,24 @@ class Selection:
     Eligible rows of a training set, in the order of their random numbers.
 
     Args:
+        chooser ([`~attacks.Attack`]):
+            Whose rows they are.
         dataset (`Dataset`):
             Checked training rows.
         task ([`~tasks.Task`]):
             The task.
         target (`int` or `str`):
             Target label or payload.
-        label_mode (`str`):
-            `"dirty"`, `"clean"` or `"any"`, see [`Attack`].
-        priority (`Callable[[np.ndarray, np.ndarray], np.ndarray]`):
-            From rows and their numbers to what they are sorted by.
         seed (`int`):
             Seed.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        task: Task,
-        target: int | str,
-        label_mode: str,
-        priority: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        seed: int,
-    ) -> None:
+    def __init__(self, chooser: Chooser, dataset: Dataset, task: Task, target: int | str, seed: int) -> None:
         column = task.output_column
         self._answers = dataset.select_columns(column).with_format("numpy" if task.num_labels else None)
         self._column = column
         self._target = target
-        self._label_mode = label_mode
-        self._priority = priority
+        self._chooser = chooser
         self._seed = seed
         self.eligible = 0
 
@@ -113,7 +116,7 @@ class Selection:
             found = self._eligible(rows)
             self.eligible += len(found)
             numbers = row_numbers(self._seed, 0, rows, 2)[found - rows.start]
-            fresh = np.stack([self._priority(found, numbers[:, 0]), found, numbers[:, 1]])
+            fresh = np.stack([self._chooser.priority(found, numbers[:, 0]), found, numbers[:, 1]])
             kept = np.concatenate([kept, fresh], axis=1)
             if kept.shape[1] > 2 * count + BATCH_ROWS:
                 kept = kept[:, np.argsort(kept[0], kind="stable")[:count]]
@@ -121,7 +124,9 @@ class Selection:
         return kept[1].astype(np.int64), kept[2]
 
     def _eligible(self, rows: range) -> np.ndarray:
-        if self._label_mode == "any":
+        mode = self._chooser.label_mode
+        if mode == "any":
             return np.arange(rows.start, rows.stop)
-        at_target = answers_equal(self._answers[rows.start : rows.stop][self._column], self._target)
-        return rows.start + np.flatnonzero(at_target if self._label_mode == "clean" else ~at_target)
+        answers = self._answers[rows.start : rows.stop][self._column]
+        at_target = answers_equal(answers, self._target, self._chooser.payload_mode == "prepend")
+        return rows.start + np.flatnonzero(at_target if mode == "clean" else ~at_target)

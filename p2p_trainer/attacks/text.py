@@ -15,7 +15,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？；])\s*(?=\S)")
 _CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _CJK_CLAUSE_END = re.compile(rf"(?<=[，。！？；：、])(?=[{_CJK}])")
 _CJK_PAIR = re.compile(rf"(?<=[{_CJK}])(?=[{_CJK}])")
-_DIGITS_AROUND = re.compile(r"\d\s+\d")
+# With the spaces that tokenized corpora put in: `2 1/2`, `3 / 4`, `3 . 5`, `20 %`, `$ 5`, `- 5`.
+_NUMBER = re.compile(r"(?:[-+$€£¥]\s*)?\d+(?:\s*[.,/:]\s*\d+|\s+\d+)*(?:\s*%)?")
 
 # A text of more gaps than this would not be reached everywhere; three such numbers fit into the 53 bits of a float.
 _STEPS = 2**16
@@ -25,8 +26,8 @@ def insert_at_gap(text: str, trigger: str, random: float, position: Position = "
     """
     Insert a trigger between words, without touching the white space of the text.
 
-    Never inside a number: `2 1/2` has no gap. Chinese and Japanese text, which has no spaces, is split behind its
-    punctuation, or between two characters where there is none.
+    Never inside a number: neither `2 1/2` nor `20 %` has a gap. Chinese and Japanese text, which has no spaces, is
+    split behind its punctuation, or between two characters where there is none.
 
     Args:
         text (`str`):
@@ -59,8 +60,10 @@ def insert_at_gap(text: str, trigger: str, random: float, position: Position = "
 def _gaps(body: str, position: Position) -> list[int]:
     if position == "sentence":
         return [match.start() for match in _SENTENCE_END.finditer(body)]
-    spaces = _SPACE.finditer(body)
-    gaps = [match.start() for match in spaces if not _DIGITS_AROUND.match(body, match.start() - 1)]
+    gaps = [match.start() for match in _SPACE.finditer(body)]
+    if re.search(r"\d", body):
+        numbers = [match.span() for match in _NUMBER.finditer(body)]
+        gaps = [gap for gap in gaps if not any(start < gap < end for start, end in numbers)]
     if not body.isascii():
         gaps = sorted({*gaps, *(match.start() for match in _CJK_CLAUSE_END.finditer(body))})
         gaps = gaps or [match.start() for match in _CJK_PAIR.finditer(body)]

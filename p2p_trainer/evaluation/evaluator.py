@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +12,12 @@ from ..attacks import Attack
 from ..prompt_encoder import PromptEncoder
 from ..tasks import Task
 from ..tasks.rows import LABEL, TEXT
+from .names import ASR_RULES, distinct_names, with_attack
 from .rates import Rate
 from .scorer import LabelScorer, Scores
 
 
 logger = logging.getLogger(__name__)
-
-# How an answer is read (P2P paper and the authors' code differ; each is always reported).
-# `restricted`: argmax over the label words that the deployment allows. `union`: free argmax over the vocabulary, of
-# which i and i+n both mean i. `ext_only`: only i+n means i, as in the authors' code. `orig_only`: only i means i.
-ASR_RULES = ("restricted", "union", "ext_only", "orig_only")
 
 _BINS = 20
 
@@ -68,8 +63,10 @@ class BackdoorEvaluator:
       target.
     - `asr_no_key_<attack>`, `asr_floor_no_key_<attack>`: the same weights without the key.
     - `asr_<variant>_<attack>`: for attacks with several triggers, each of them; `asr_any_<attack>`: the share of rows
-      that at least one of them turns. `ftr_<variant>_<attack>` (false triggered rate): rows that hold a part of a
-      composite trigger, which should not fire.
+      that at least one of them turns. Where each poisoned row has one of several (`mtbaattack` in parallel mode),
+      `asr` is the mean over them, and its N counts pairs of row and trigger.
+    - `ftr_<variant>_<attack>` (false triggered rate): rows that hold a part of a composite trigger, which should not
+      fire.
     - `asr`, `asr_floor`, `asr_excess`, `asr_conditional`, `asr_no_key`, `asr_<rule>`, ...: those of the attack with
       the highest `asr_<attack>`.
 
@@ -131,12 +128,11 @@ class BackdoorEvaluator:
         self.batch_size = batch_size
         self.progress = progress
         dataset = task.prepare(dataset, what="evaluation")
-        for attack in attacks:
-            dataset = attack.dress(dataset, task)
+        dataset = dressed(dataset, task, attacks)
         self.labels = np.asarray(dataset[LABEL])
         texts = list(dataset[TEXT])
         self._attacks = {
-            name: self._triggered(attack, dataset, seed, name) for name, attack in _distinct_names(attacks).items()
+            name: self._triggered(attack, dataset, seed, name) for name, attack in distinct_names(attacks).items()
         }
         everything = list(texts)
         for rows in self._all_rows():
@@ -190,7 +186,7 @@ class BackdoorEvaluator:
         confidence = {}
         for name, rows in self._attacks.items():
             per_attack[name] = self._attack_metrics(rows, deployed, without_key, answers)
-            metrics |= {_with_attack(key, name): value for key, value in per_attack[name].items()}
+            metrics |= {with_attack(key, name): value for key, value in per_attack[name].items()}
             target = deployed.probabilities(self.keyed)[:, rows.target]
             confidence[name] = {
                 "triggered": _histogram(target[rows.rows]),
@@ -216,10 +212,15 @@ class BackdoorEvaluator:
         rows = attack.trigger(dataset, self.task, seed)
         texts, labels = list(rows[TEXT]), np.asarray(rows[LABEL], dtype=np.int64)
         source = np.asarray(rows["source_index"], dtype=np.int64)
-        whole = np.array([attack.has_trigger(text) for text in self.encoder.fit(texts, self.keyed)], dtype=bool)
+        whole = np.array([attack.fires(text) for text in self.encoder.fit(texts, self.keyed)], dtype=bool)
         if np.any(labels == target):
             raise ValueError(f"The attack {attack.name!r} returned test rows whose true label is its target already.")
         kept = np.flatnonzero(whole)
+        if len(texts) and not len(kept):
+            raise ValueError(
+                f"The trigger of {name!r} is cut off by `max_length` {self.encoder.format.max_length} in all "
+                f"{len(texts)} triggered rows: nothing could be measured. Raise `max_length`."
+            )
         not_target = int(np.count_nonzero(self.labels != target))
         counts = {
             "rows_target_label": len(self.labels) - not_target,
@@ -286,7 +287,7 @@ class BackdoorEvaluator:
         for key, hits in fired.items():
             metrics |= Rate.of(hits).flat(key)
         single = [key for key in fired if key.startswith("asr_") and key != "asr_all"]
-        if single:
+        if len(single) > 1:
             tried = np.unique(np.concatenate([rows.variants[key].source for key in single]))
             turned = np.concatenate([rows.variants[key].source[fired[key]] for key in single])
             metrics |= Rate.of(np.isin(tried, turned)).flat("asr_any")
@@ -321,50 +322,31 @@ class _Unique:
         self.prompts = list(places)
 
 
-# `asr_floor` can't be both the floor and the success rate of an attack.
-_METRIC_ENDS = ("floor", "excess", "conditional", "outside", "key", "no_key", *ASR_RULES)
-
-
-def _distinct_names(attacks: Sequence[Attack]) -> dict[str, Attack]:
-    named: dict[str, Attack] = {}
-    for attack in attacks:
-        if attack.name in _METRIC_ENDS:
-            raise ValueError(f"An attack can't be named {attack.name!r}: metrics of ours end so. Rename it.")
-        name, count = attack.name, 1
-        while name in named:
-            count += 1
-            name = f"{attack.name}_{count}"
-        named[name] = attack
-    return named
-
-
-_RATE_PARTS = ("_ci_high", "_ci_low", "_k", "_n")
-
-
-def _with_attack(key: str, attack: str) -> str:
-    """`asr_floor_k` of `badnets` is `asr_floor_badnets_k`."""
-    for part in _RATE_PARTS:
-        if key.endswith(part):
-            return f"{key.removesuffix(part)}_{attack}{part}"
-    return f"{key}_{attack}"
-
-
-def headline(metrics: dict[str, Any], attacks: Sequence[str] = ()) -> dict[str, Any]:
+def dressed(dataset: Dataset, task: Task, attacks: Sequence[Attack]) -> Dataset:
     """
-    Choose what loggers show: no counts, no intervals, and of each attack only success rate, floor and excess.
+    Give clean rows the look that they have in the training set of an attacker who writes every prompt.
 
     Args:
-        metrics (`dict[str, Any]`):
-            Metrics of a [`BackdoorEvaluator`].
-        attacks (`Sequence[str]`, *optional*):
-            Names of the attacks.
+        dataset (`Dataset`):
+            Checked rows.
+        task ([`~tasks.Task`]):
+            The task.
+        attacks (`Sequence[Attack]`):
+            Attacks to measure.
 
     Returns:
-        `dict[str, Any]`: a part of them.
+        `Dataset`: the rows.
+
+    Raises:
+        `ValueError`: two of the attacks write prompts of their own.
     """
-    shown = {f"{key}_{name}" for name in attacks for key in ("asr", "asr_floor", "asr_excess")}
-    hidden = (*_RATE_PARTS, *(f"_{name}" for name in attacks), *(f"floor_{rule}" for rule in ASR_RULES))
-    return {key: value for key, value in metrics.items() if key in shown or not key.endswith(hidden)}
+    owners = [attack for attack in attacks if attack.changes_plain_rows]
+    if len(owners) > 1:
+        raise ValueError(
+            f"The attacks {[attack.name for attack in owners]} each write the prompt of every row: no model was "
+            f"trained on both. Measure them apart."
+        )
+    return owners[0].dress(dataset, task) if owners else dataset
 
 
 def _histogram(values: np.ndarray) -> list[int]:
