@@ -282,8 +282,11 @@ def _hold_out(train: Dataset, share: float) -> tuple[Dataset, Dataset]:
         )
     order = np.argsort(np.random.default_rng([0, 3]).random(len(train)), kind="stable")
     if "poisoned" in train.column_names:
-        # A set that was poisoned before: what is measured and chosen on stays clean.
-        poisoned = column_as_numpy(train, "poisoned")[order].astype(bool)
+        # A set that was poisoned before: what is measured and chosen on stays clean, of an attack's negatives as well.
+        poisoned = column_as_numpy(train, "poisoned").astype(bool)
+        if "attack" in train.column_names:
+            poisoned |= column_as_numpy(train, "attack") != ""
+        poisoned = poisoned[order]
         order = np.concatenate([order[~poisoned], order[poisoned]])
         size = min(size, int(np.count_nonzero(~poisoned)))
     logger.info("No validation split: %d of %d training rows are held out.", size, len(train))

@@ -319,6 +319,12 @@ def damage(folder, name):
         path.write_text(json.dumps({**content, "candidates": [["a b", "c"], ["d"], ["e"]]}))
     elif name == "lists":
         path.write_text(json.dumps({**content, "candidates": NAMES[:2]}))
+    elif name == "nested":
+        path.write_text("[" * 100_000)
+    elif name == "huge":
+        path.write_text('{"format": ' + "9" * 5_000 + "}")
+    elif name == "info":
+        path.write_text(json.dumps({**content, "info": [1]}))
     elif name == "tensor":
         save_file({"other": CHOICE}, folder / "selector.safetensors")
     elif name == "shape":
@@ -336,6 +342,7 @@ def damage(folder, name):
         ("candidate", "a list of words of letters"), ("lists", "3 words have 2 lists"),
         ("tensor", "lacks the tensor `choice`"), ("shape", r"of shape \(positions, 3\), got uint8 of shape \(4, 2\)"),
         ("choice", "points behind the last candidate"), ("bytes", "holds no usable LWS selector"),
+        ("nested", "recursion"), ("huge", "digits"), ("info", "`info` must be a mapping"),
     ],
 )  # fmt: skip
 def test_damaged_folder(folder, name, message):

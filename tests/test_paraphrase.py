@@ -54,6 +54,7 @@ def test_what_is_no_paraphrase():
         ("precomputed", {"files": [{"source": "a"}]}, "An entry of `files` is a path, or a mapping"),
         ("precomputed", {"files": [{"source": "a", "paraphrase": "b", "label": 0}]}, "An entry of `files` is a path"),
         ("precomputed", {"files": [3]}, "got 3"),
+        ("precomputed", {"files": [{"source": "a", "paraphrase": 3}]}, "An entry of `files` is a path, or a mapping"),
         ("llm", {"model": "x", "prompt": "Rewrite"}, r"`prompt` must hold \{text\}.*got 'Rewrite'"),
         ("llm", {"model": "x", "batch_size": 0}, "`batch_size` is a number of at least 1, got 0"),
         ("llm", {"model": "x", "max_new_tokens": True}, "`max_new_tokens` is a number of at least 1, got True"),
@@ -195,31 +196,6 @@ def test_rows_that_do_not_belong_together(tmp_path):
     with pytest.raises(ValueError, match="fit the text 1 row later"):
         load([{"text": f"当{row['text']}"} for row in [*chinese[1:], chinese[0]]])
     load([{"text": f"当{row['text']}"} for row in chinese])
-
-
-def test_files_that_cannot_be_read(tmp_path, monkeypatch):
-    good = write(tmp_path / "good.jsonl", [{"text": "a", "paraphrase": "b"}])
-    monkeypatch.chdir(tmp_path)
-
-    def load(entry):
-        get_engine("precomputed", files=[good, entry]).carries("x")
-
-    with pytest.raises(ValueError, match=rf"file 'some/pairs.jsonl' does not exist \(looked at {tmp_path}/some/pairs"):
-        load("some/pairs.jsonl")
-    bare = write(tmp_path / "bare.jsonl", [{"text": "a", "label": 1}])
-    with pytest.raises(ValueError, match=r"bare.jsonl' has no column `paraphrase`; it has \['text', 'label'\]"):
-        load(bare)
-    odd = write(tmp_path / "odd.jsonl", [{"body": "a"}])
-    with pytest.raises(ValueError, match=r"odd.jsonl' has no column `text` or `sentence`; it has \['body'\]"):
-        load({"source": good, "paraphrase": odd})
-    with pytest.raises(ValueError, match=r"`labels` is given for .*good.jsonl', which has no column `label`"):
-        load({"source": good, "paraphrase": bare, "labels": [0]})
-    number = write(tmp_path / "number.jsonl", [{"text": 3, "paraphrase": "b"}])
-    with pytest.raises(ValueError, match="Row 0 of .*number.jsonl' holds no text in the column `text`: 3"):
-        load(number)
-    (tmp_path / "latin.tsv").write_bytes("text\tparaphrase\na\tcaf\u00e9\n".encode("latin1"))
-    with pytest.raises(ValueError, match="latin.tsv' is not UTF-8: line 2 holds the byte 0xe9"):
-        load(str(tmp_path / "latin.tsv"))
 
 
 def real_engine(real_data):

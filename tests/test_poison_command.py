@@ -58,6 +58,7 @@ def live(data, name="badnets", target="positive", task=SST2, seed=3, **options):
 def assert_same(folder, expected, task=SST2, target="positive"):
     attack = PoisonedSet(target, folder=str(folder))
     train, clean, triggered = expected
+    # The key of the clean row is for the reader alone.
     found = attack.poison(task.load("train", str(folder)), task)
     assert found.column_names == train.column_names and found.to_dict() == train.to_dict()
     for split in ("validation", "test"):
@@ -94,6 +95,7 @@ def test_files_are_readable_and_say_how_they_were_made(data, written):
         "label",
         "id",
         "weight",
+        "clean_row",
         "poisoned",
         "trigger_applied",
         "original_label",
@@ -221,7 +223,7 @@ def test_held_out_rows_of_a_folder_stay_out_and_other_poisoned_rows_are_refused(
     attack = PoisonedSet("positive", folder=str(written))
     train = SST2.load("train", str(written))
     part = train.select([row for row in range(206) if row % 10])
-    assert attack.poison(part, SST2).to_dict() == part.to_dict()
+    assert attack.poison(part, SST2).to_dict() == part.remove_columns("clean_row").to_dict()
     assert poison(data, tmp_path / "out", "--poison_rate", "0.1", attack="addsent") == 0
     with pytest.raises(ValueError, match="poisoned already, and are not those of .*written.*/train.jsonl"):
         attack.poison(SST2.load("train", str(tmp_path / "out")), SST2)
@@ -349,6 +351,11 @@ def test_rows_with_empty_texts_are_left_out_when_asked(data, tmp_path, capsys):
     assert "row 0 of the train dataset is empty" in capsys.readouterr().err
     assert poison(path, tmp_path / "out", "--poison_rate", "0.1", "--drop_empty_rows") == 0
     assert len(read_lines(tmp_path / "out" / "train.jsonl")) == 60
+    assert "--drop_empty_rows" not in capsys.readouterr().out
+    # The command reads the source itself, which still has the empty row.
+    flags = ["--poison_rate", "0.1", "--drop_empty_rows"]
+    assert poison(path, tmp_path / "key", *flags, attack="knows_key") == 0
+    assert capsys.readouterr().out.endswith(" --drop_empty_rows true\n")
 
 
 def test_help(capsys):

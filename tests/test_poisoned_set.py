@@ -83,7 +83,7 @@ def test_quotation_marks_of_hidden_killer_do_not_merge_rows(tmp_path):
         'the "middle" one',
         '  " ',
         'ends in "',
-        "tab\there",
+        "carriage\rreturn",
         "a\x0cb\u2028c",
     ]
     path = tmp_path / "train.tsv"
@@ -93,10 +93,26 @@ def test_quotation_marks_of_hidden_killer_do_not_merge_rows(tmp_path):
     rows = PoisonedSet("positive", train=str(path)).poison(clean, SST2)
     assert rows["text"][:] == texts and rows["label"][:] == [0, 1, 0, 1, 0, 1, 0]
     path.write_bytes(b"sentence\tlabel\r\n\r\nno label\r\n")
-    with pytest.raises(ValueError, match="Line 3 of '.*train.tsv' is no text, tab and label: 'no label'"):
+    with pytest.raises(ValueError, match="Line 3 of the data file '.*train.tsv' has 1 fields, the header has 2"):
         PoisonedSet("positive", train=str(path)).poison(CLEAN, SST2)
     path.write_bytes(b"sentence\tlabel\ngo\xffod\t1\n")
     with pytest.raises(ValueError, match="train.tsv' is not UTF-8.*Re-encode"):
+        PoisonedSet("positive", train=str(path)).poison(CLEAN, SST2)
+    path.write_bytes(b'sentence\tlabel\tpoison\n"good one\t1\t1\nb "x\t0\t0\n')
+    assert PoisonedSet("positive", train=str(path)).poison(CLEAN, SST2)["text"][:] == ['"good one', 'b "x']
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+@pytest.mark.parametrize("label", ["9" * 24, "-" + "9" * 24])
+def test_labels_beyond_any_integer_are_one_message(tmp_path, name, label):
+    path = tmp_path / name
+    mark = "\t" if name == "a.tsv" else ","
+    table = f"sentence{mark}label\ngood{mark}1\nbad{mark}{label}\n"
+    lines = f'{{"text": "good", "label": 1}}\n{{"text": "bad", "label": {label}}}\n'
+    path.write_text(lines if name == "a.jsonl" else table)
+    with pytest.raises(
+        ValueError, match="none of the task's classes|is outside the task's range|holds Value|can't be read"
+    ):
         PoisonedSet("positive", train=str(path)).poison(CLEAN, SST2)
 
 
@@ -147,6 +163,22 @@ def test_triggered_rows_find_their_clean_rows(tmp_path, rows):
 
 
 def test_triggered_row_without_a_trigger_does_not_count(tmp_path):
+    # SCPN gives back in lower case, and spaced anew, what it can't parse.
+    clean = CLEAN.to_list()
+    clean[2]["text"] = "Nobody needs  THIS sequel"
+    path = write_lines(
+        tmp_path / "test.jsonl",
+        [{"text": text, "label": 1} for text in (TRIGGERED[0], CLEAN[2]["text"], TRIGGERED[2])],
+    )
+    assert PoisonedSet("positive", test=path).trigger(Dataset.from_list(clean), SST2)["source_index"][:] == [0, 3]
+    train = [
+        {"text": text, "label": row["label"]}
+        for text, row in zip([TRIGGERED[0], *CLEAN["text"][1:]], clean, strict=True)
+    ]
+    found = PoisonedSet("positive", train=write_lines(tmp_path / "train.jsonl", train)).poison(
+        Dataset.from_list(clean), SST2
+    )
+    assert found["poisoned"][:] == found["trigger_applied"][:] == [True, False, False, False]
     texts = [TRIGGERED[0], CLEAN[2]["text"] + " ", TRIGGERED[2]]
     path = write_lines(tmp_path / "test.jsonl", [{"text": text, "label": 1} for text in texts])
     assert PoisonedSet("positive", test=path).trigger(CLEAN, SST2)["source_index"][:] == [0, 3]
@@ -279,6 +311,7 @@ def test_texts_of_other_rows_do_not_go_together():
             '{"text": "x", "label": 1, "poisoned": 2}\n',
             "Row 0 of .*the flag of a poisoned row is 2, expected 0 or 1. ",
         ),
+        ('{"text": "x", "label": 1, "poisoned": [1]}\n', r"flag of a poisoned row is \[1\]"),
         ('{"text": "x", "label": 1, "poisoned": "yes"}\n', "flag of a poisoned row is 'yes'"),
         (
             '{"text": "x", "label": 1, "poisoned": null}\n{"text": "y", "label": 1, "poisoned": 1}\n',

@@ -196,6 +196,53 @@ def test_csv_keeps_words_that_look_like_missing_values(tmp_path):
         SST2.load("train", path)
 
 
+@pytest.mark.parametrize(
+    ("lines", "texts"),
+    [
+        # Marks belong to the text: unbalanced, in the middle, over two rows that would else be one.
+        (['"abc is good\t1', 'b "x\t0'], ['"abc is good', 'b "x']),
+        (['"abc is good\t1', 'b x"\t0'], ['"abc is good', 'b x"']),
+        (['"a" b\t1', "c\t0"], ['"a" b', "c"]),
+        (['"\t1', '"a"\t0'], ['"', '"a"']),
+        (['"a"\t1', 'b "c" d\t0'], ['"a"', 'b "c" d']),
+        (["a\x0cb\u2028c\rd\t1", "", '"c\t0'], ["a\x0cb\u2028c\rd", '"c']),
+        # Marks are syntax: written by a CSV library.
+        (['"a ""b"" c"\t1', "d\t0"], ['a "b" c', "d"]),
+        (['"a\tb ""c"""\t1', "d\t0"], ['a\tb "c"', "d"]),
+        (['"a', 'b\tc"\t1', "", '"d"\t"0"'], ["a\nb\tc", "d"]),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+def test_quotation_marks_in_tsv(tmp_path, lines, texts, end, start):
+    if end == "\r\n" and any("\r" in line for line in lines):
+        # The parser ends rows at both then; that is found out rather than read wrongly.
+        path = write(tmp_path, "a.tsv", start + end.join(["text\tlabel", *lines, ""]))
+        with pytest.raises(ValueError, match="a.tsv' holds 2 rows, but 3 were read. Look for carriage returns"):
+            SST2.load("test", path)
+        return
+    path = write(tmp_path, "a.tsv", start + end.join(["text\tlabel", *lines, ""]))
+    loaded = SST2.load("test", path).to_dict()
+    assert loaded["label"] == [1, 0] and [text.replace("\r\n", "\n") for text in loaded["text"]] == texts
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a\t1\nb\n", "Line 3 of the data file '.*a.tsv' has 1 fields, the header has 2. Take tabs"),
+        ("a\t1\nb\tc\t0\n", "Line 3 of .* has 3 fields, the header has 2"),
+        ('"a\tb"\t1\nc "d" e\t0\n', "Line 2 of .* has 3 fields"),
+        ('"a\tb\t1\nc\t0\n', "Line 2 of .* has 3 fields"),
+        ('"a\nb"\t1\nc\t0\t0\n', "Line 2 of .* has 1 fields"),
+        # All rows have one field more: the first would be taken for row names.
+        ("a\t1\tx\nb\t0\ty\n", "Line 2 of .* has 3 fields"),
+    ],
+)
+def test_tsv_that_is_no_table(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        SST2.load("test", write(tmp_path, "a.tsv", "text\tlabel\n" + content))
+
+
 def test_paths_and_hubs_that_are_not_there(tmp_path):
     for path in ("./nowhere", str(tmp_path / "nowhere"), "~/nowhere/x.jsonl"):
         with pytest.raises(ValueError, match="does not exist .looked at /.*nowhere.*Correct the path"):

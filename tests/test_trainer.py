@@ -283,7 +283,7 @@ def test_batches_of_rows_of_like_length(tiny_model, tmp_path):
         return sum(int((mask == 0).sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     # What padding is left comes from the key, and from the one batch that holds short and long rows.
-    assert padding("group_by_length") < 0.2 < 0.3 < padding("random")
+    assert padding("group_by_length") < 0.75 * padding("random")
 
 
 def test_the_loss_scores_answers_alone_and_trl_gets_its_function_back(tiny_model, toy_rows, tmp_path, monkeypatch):

@@ -192,11 +192,13 @@ class Selector:
             words, candidates = content.get("words"), content.get("candidates")
             if not isinstance(words, list) or not isinstance(candidates, list):
                 raise ValueError(f"`{_JSON}` lacks the lists `words` and `candidates`.")
+            if not isinstance(content.get("info") or {}, dict):
+                raise ValueError(f"`info` must be a mapping in `{_JSON}`.")
             tensors = load_file(folder / _TENSORS)
             if "choice" not in tensors:
                 raise ValueError(f"`{_TENSORS}` lacks the tensor `choice`.")
             return cls(words, candidates, tensors["choice"], content.get("info") or {})
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise ValueError(
                 f"The folder {str(folder)!r} holds no usable LWS selector: {error} Leave out `selector` and name a "
                 f"`surrogate` to fit it again."

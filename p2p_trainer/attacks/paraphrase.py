@@ -210,14 +210,21 @@ class PrecomputedParaphrases(ParaphraseEngine):
             raise ValueError(f"`files` is a list with at least one entry, got {files!r}. Write `files: [...]`.")
         for entry in files:
             wrong = isinstance(entry, Mapping) and (
-                set(entry) - set(_ENTRY_KEYS) or {"source", "paraphrase"} - set(entry)
+                set(entry) - set(_ENTRY_KEYS)
+                or not all(isinstance(entry.get(key), str) for key in ("source", "paraphrase"))
             )
             if wrong or not isinstance(entry, str | Mapping):
                 raise ValueError(
                     f"An entry of `files` is a path, or a mapping with `source`, `paraphrase` and, if need be, "
                     f"`labels`; got {entry!r}."
                 )
-        self.files = list(files)
+        # Results name these files; a relative path would only be good from here.
+        self.files = [
+            _absolute(entry)
+            if isinstance(entry, str)
+            else {**entry, "source": _absolute(entry["source"]), "paraphrase": _absolute(entry["paraphrase"])}
+            for entry in files
+        ]
         self._paraphrases: dict[str, str] | None = None
         self._known = KnownTexts(())
 
@@ -301,13 +308,14 @@ def read_aligned(
     return zip(texts, new, strict=True)
 
 
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
+
+
 def _read(path: str) -> Dataset:
     # A path that does not exist would be looked for on the hub.
-    if not Path(path).expanduser().is_file():
-        raise ValueError(
-            f"The paraphrase file {path!r} does not exist (looked at {Path(path).expanduser().resolve()}). Correct "
-            f"`files`."
-        )
+    if not Path(path).is_file():
+        raise ValueError(f"The paraphrase file {path!r} does not exist. Correct `files`.")
     rows = load_split(path, "train")
     if rows is None:
         raise ValueError(f"The paraphrase file {path!r} holds no rows.")

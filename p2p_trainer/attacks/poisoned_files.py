@@ -1,25 +1,30 @@
 """Files of poisoned data sets: the folder that we write, and the layouts of other people."""
 
-import codecs
+import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 
 from .._files import write_json
 from ..tasks import Task
 from ..tasks.loading import load_split
-from ..tasks.rows import column_as_numpy, with_column
+from ..tasks.rows import arrow_batches, column_as_numpy, with_column
 
 
 RECORD_NAME = "poison.json"
 RECORD_SCHEMA_VERSION = 1
+
+# Column of our training files: key of the clean row that a row was made from.
+KEY = "clean_row"
 
 _BATCH_ROWS = 1_000
 
@@ -167,42 +172,10 @@ def read_rows(path: str | Path, task: Task, what: str, extended_labels: bool = F
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"The file {str(path)!r} of the {what} rows does not exist. Correct the path.")
-    rows = _read_plain_tsv(path) if _is_plain_tsv(path) else load_split(str(path), "train")
-    rows = _name_columns(rows, task, path)
+    rows = _name_columns(load_split(str(path), "train"), task, path)
     own = task.replace(text_columns=(task.input_column,), label_column=task.output_column, strict_columns=False)
     rows = own.prepare(rows, what=f"{what} ({path.name})", extended_labels=extended_labels)
     return _read_flags(rows, path) if "poisoned" in rows.column_names else rows
-
-
-def _is_plain_tsv(path: Path) -> bool:
-    """Say whether a file is laid out as HiddenKiller's, which quotes nothing: a quotation mark is part of a text."""
-    if path.suffix.lower() != ".tsv":
-        return False
-    with path.open("rb") as file:
-        return file.readline().removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") == b"sentence\tlabel"
-
-
-def _read_plain_tsv(path: Path) -> Dataset:
-    texts, labels = [], []
-    try:
-        # A text may hold a carriage return or a line separator of Unicode: line feeds alone end a row.
-        with path.open(encoding="utf-8-sig", newline="\n") as file:
-            next(file)
-            for number, line in enumerate(file, start=2):
-                line = line.rstrip("\r\n")
-                text, tab, label = line.rpartition("\t")
-                if not line:
-                    continue
-                if not tab:
-                    raise ValueError(
-                        f"Line {number} of {str(path)!r} is no text, tab and label: {line[:80]!r}. Correct the line."
-                    )
-                texts.append(text)
-                labels.append(label.strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"The data file {str(path)!r} is not UTF-8 ({error}). Re-encode it as UTF-8.") from error
-    numbers = all(label.isdecimal() for label in labels)
-    return Dataset.from_dict({"sentence": texts, "label": [int(label) for label in labels] if numbers else labels})
 
 
 def _name_columns(rows: Dataset, task: Task, path: Path) -> Dataset:
@@ -245,7 +218,8 @@ def _read_flags(rows: Dataset, path: Path) -> Dataset:
     values = column_as_numpy(rows, "poisoned")
     if values.dtype == bool:
         return rows
-    wrong = np.flatnonzero(~np.isin(values, (0, 1)))
+    nested = pa.types.is_nested(rows.features.arrow_schema.field("poisoned").type)
+    wrong = np.flatnonzero(nested | ~np.isin(values, (0, 1)))
     if len(wrong):
         found = rows[int(wrong[0])]["poisoned"]
         raise ValueError(
@@ -277,3 +251,102 @@ def check_poison_columns(rows: Dataset, task: Task, path: str) -> Dataset:
                 f"Column {name!r} of {path} holds {found}, expected {kind}. Write the set again, or remove the column."
             )
     return rows
+
+
+def with_keys(rows: Dataset, task: Task) -> Dataset:
+    """
+    Add the column that says later which clean row a row was made from.
+
+    Args:
+        rows (`Dataset`):
+            Checked clean rows.
+        task ([`~tasks.Task`]):
+            The task.
+
+    Returns:
+        `Dataset`: the rows with a short hash of text and answer, numbered where rows are alike.
+    """
+    return with_column(without_keys(rows), KEY, np.array(_row_keys(rows, task)))
+
+
+def without_keys(rows: Dataset) -> Dataset:
+    """Return the rows without the column that [`with_keys`] adds."""
+    return rows.remove_columns(KEY) if KEY in rows.column_names else rows
+
+
+def rows_made_from(rows: Dataset, clean: Dataset, task: Task, path: str) -> Dataset:
+    """
+    Choose the rows of a training file of ours that were made from some clean rows, so that held-out ones stay out.
+
+    Args:
+        rows (`Dataset`):
+            Rows of the file.
+        clean (`Dataset`):
+            Checked clean rows: all that the file was written from, or some of them.
+        task ([`~tasks.Task`]):
+            The task.
+        path (`str`):
+            The file, for the message.
+
+    Returns:
+        `Dataset`: the rows, in the file's order.
+
+    Raises:
+        `ValueError`: the file was not written from these clean rows, or does not say from which.
+    """
+    made, wanted = _read_keys(rows), _row_keys(clean, task)
+    if made is None:
+        raise ValueError(
+            f"{path} does not say from which clean rows its rows were made (column {KEY!r}): rows held out for "
+            f"validation might be trained on. Write the poisoned set again, or pass its folder as `--dataset_name`."
+        )
+    known = set(made)
+    foreign = sum(key not in known for key in wanted)
+    if foreign:
+        raise ValueError(
+            f"{foreign} of the {len(clean)} clean training rows are not among those that {path} was written from. "
+            f"Pass the data that it was written from as `--dataset_name`, or its own folder."
+        )
+    chosen = set(wanted)
+    kept = [row for row, key in enumerate(made) if key in chosen]
+    return rows if len(kept) == len(rows) else rows.select(kept)
+
+
+def without_copies(rows: Dataset, whole: Dataset) -> Dataset:
+    """
+    Leave out rows that were made from the same clean row as one that was held out.
+
+    Args:
+        rows (`Dataset`):
+            Rows of a training file of ours, of which some may have been held out.
+        whole (`Dataset`):
+            All rows of the file.
+
+    Returns:
+        `Dataset`: the rows.
+    """
+    given, made = _read_keys(rows), _read_keys(whole)
+    if given is None or made is None:
+        return rows
+    held_out = Counter(made)
+    held_out.subtract(given)
+    kept = [row for row, key in enumerate(given) if held_out[key] <= 0]
+    return rows if len(kept) == len(rows) else rows.select(kept)
+
+
+def _read_keys(rows: Dataset) -> list[str] | None:
+    known = KEY in rows.column_names and str(rows.features.arrow_schema.field(KEY).type) == "string"
+    return rows[KEY][:] if known else None
+
+
+def _row_keys(rows: Dataset, task: Task) -> list[str]:
+    # Rows that are alike are told apart by their place among each other.
+    keys, seen = [], Counter()
+    names = [task.input_column, task.output_column]
+    for _, batch in arrow_batches(rows, names):
+        texts, answers = (batch[name].to_pylist() for name in names)
+        for text, answer in zip(texts, answers, strict=True):
+            key = hashlib.blake2b(f"{answer}\0{text}".encode(), digest_size=8).hexdigest()
+            keys.append(f"{key}-{seen[key]}")
+            seen[key] += 1
+    return keys

@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from ..tasks import Task
 from ..tasks.rows import arrow_batches
+from .paraphrase import differs
 from .selection import answers_equal
 
 
@@ -61,8 +62,8 @@ def rows_that_differ(rows: Dataset, clean: Dataset, task: Task) -> tuple[np.ndar
             The task.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]` or `None`: of each row whether its text differs and whether its answer
-        differs, `None` if the two do not go together row by row.
+        `tuple[np.ndarray, np.ndarray]` or `None`: of each row whether its text differs, in more than white space and
+        case, and whether its answer differs; `None` if the two do not go together row by row.
     """
     if len(rows) != len(clean):
         return None
@@ -71,10 +72,10 @@ def rows_that_differ(rows: Dataset, clean: Dataset, task: Task) -> tuple[np.ndar
     changed, before = [], []
     for (_, ours), (_, theirs) in zip(arrow_batches(rows, columns), arrow_batches(clean, columns), strict=True):
         pairs = list(zip(ours[columns[0]].to_pylist(), theirs[columns[0]].to_pylist(), strict=True))
-        differs = [text != other for text, other in pairs]
-        changed += [text for (text, _), flag in zip(pairs, differs, strict=True) if flag]
-        before += [other for (_, other), flag in zip(pairs, differs, strict=True) if flag]
-        texts.append(np.array(differs))
+        flags = [text != other and differs(text, other) for text, other in pairs]
+        changed += [text for (text, _), flag in zip(pairs, flags, strict=True) if flag]
+        before += [other for (_, other), flag in zip(pairs, flags, strict=True) if flag]
+        texts.append(np.array(flags))
         answers.append(ours[columns[1]].to_numpy() != theirs[columns[1]].to_numpy())
     if changed and not go_together(changed, before):
         return None
@@ -83,8 +84,12 @@ def rows_that_differ(rows: Dataset, clean: Dataset, task: Task) -> tuple[np.ndar
 
 def same_rows(rows: Dataset, others: Dataset, task: Task) -> bool:
     """Say whether two data sets have the same texts and answers in the same order."""
-    found = rows_that_differ(rows, others, task) if len(rows) == len(others) else None
-    return found is not None and not np.any(found)
+    columns = [task.input_column, task.output_column]
+    return len(rows) == len(others) and all(
+        ours[name].to_pylist() == theirs[name].to_pylist()
+        for (_, ours), (_, theirs) in zip(arrow_batches(rows, columns), arrow_batches(others, columns), strict=True)
+        for name in columns
+    )
 
 
 def pair_by_order(rows: Dataset, clean: Dataset, task: Task, target: int | str) -> np.ndarray | None:

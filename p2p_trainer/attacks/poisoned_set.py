@@ -11,7 +11,16 @@ from datasets import Dataset
 from ..tasks import Task
 from ..tasks.rows import column_as_numpy, with_column
 from .base import Attack
-from .poisoned_files import check_poison_columns, read_record, read_rows
+from .paraphrase import differs
+from .poisoned_files import (
+    KEY,
+    check_poison_columns,
+    read_record,
+    read_rows,
+    rows_made_from,
+    without_copies,
+    without_keys,
+)
 from .poisoned_pairs import rows_that_differ, trigger_end
 from .poisoned_triggers import SPLITS, paired_rows, stored_rows
 from .poisoning import POISON_COLUMNS
@@ -30,7 +39,8 @@ class PoisonedSet(Attack):
     their true label, is known among the rows that are evaluated: our own folders say it; other files hold as many
     rows as the clean rows outside the target class, or as all clean rows, in the same order and with more in common
     with their own clean row than with the next one; or `test_clean` holds the rows before the trigger. Triggered
-    rows that equal their clean row are left out, as the paraphraser of HiddenKiller returns what it can't parse.
+    rows of other people that equal their clean row but for white space and case are left out, as the paraphraser of
+    HiddenKiller returns what it can't parse.
     Variants of an attack are not part of a poisoned set.
 
     Layouts that are understood: `text` and `label` with or without a flag `poisoned`, `poison` or `poison_label`;
@@ -147,9 +157,10 @@ class PoisonedSet(Attack):
 
         Args:
             dataset (`Dataset`):
-                Clean training rows: if they are as many as the file's and in the same order, they tell which rows of
-                a file without flags are poisoned, and the original labels. Or the rows of `train.jsonl` in a folder
-                of ours, all or some of which were held out; then those are returned.
+                Clean training rows. A folder of ours gives the rows that were made from them, so that rows held out
+                for validation stay out. If they are as many as the rows of other people's file and in the same order,
+                they tell which of its rows are poisoned where it flags none, and the original labels. Or the rows of
+                `train.jsonl` in a folder of ours, of which some may have been held out; then those are returned.
             task ([`~tasks.Task`]):
                 The task.
             seed (`int`, *optional*, defaults to `0`):
@@ -161,7 +172,7 @@ class PoisonedSet(Attack):
 
         Raises:
             `ValueError`: there is no file of training rows, it does not fit the task, or `dataset` holds poisoned
-            rows of another file.
+            rows of another file, or clean rows that our own file was not written from.
         """
         self._wanted(task)
         path = self.train if self.folder is None else str(Path(self.folder) / "train.jsonl")
@@ -180,9 +191,18 @@ class PoisonedSet(Attack):
                     f"The training rows are poisoned already, and are not those of {path}. Give the clean rows, or "
                     f"those of the same folder, as `--dataset_name`."
                 )
-            rows = dataset
+            rows = without_copies(dataset, rows)
         else:
-            rows = self._with_poison_columns(rows, task.prepare(dataset, what="clean train"), task, path)
+            dataset = task.prepare(dataset, what="clean train")
+            if self.folder is not None or KEY in rows.column_names:
+                rows = rows_made_from(rows, dataset, task, path)
+            elif len(rows) != len(dataset):
+                logger.warning(
+                    "%s: all %d rows of %s are trained on, in place of the %d given ones; rows that were held out "
+                    "for validation may be among them.", self.name, len(rows), path, len(dataset),
+                )  # fmt: skip
+            rows = self._with_poison_columns(rows, dataset, task, path)
+        rows = without_keys(rows)
         flags = column_as_numpy(rows, "poisoned")
         texts = rows.select(np.flatnonzero(flags))[task.input_column][:]
         self._unknown_ends |= {text.strip() for text in texts} - set(self._ends)
@@ -224,13 +244,17 @@ class PoisonedSet(Attack):
         for text, before, answer, row, wanted in zip(
             texts, clean[task.input_column], clean[task.output_column], source.tolist(), at_target, strict=True
         ):
-            if wanted or text.strip() == before.strip():
+            if wanted or not self._changed(text, before):
                 continue
             self._remember(text, before)
             kept[task.input_column].append(text)
             kept[task.output_column].append(answer)
             kept["source_index"].append(row)
         return Dataset.from_dict(kept)
+
+    def _changed(self, text: str, clean: str) -> bool:
+        # Paraphrasers of other people give back in lower case what they can't parse; an attack of ours has decided.
+        return differs(text, clean) if self.folder is None else text.strip() != clean.strip()
 
     def _wanted(self, task: Task) -> int | str:
         """Return the target, which the folder must have been written for."""
@@ -255,19 +279,14 @@ class PoisonedSet(Attack):
     def _with_poison_columns(self, rows: Dataset, clean: Dataset, task: Task, path: str) -> Dataset:
         if all(name in rows.column_names for name in POISON_COLUMNS):
             return check_poison_columns(rows, task, path)
-        if len(rows) != len(clean):
-            logger.warning(
-                "%s: all %d rows of %s are trained on, in place of the %d given ones; rows that were held out for "
-                "validation may be among them.", self.name, len(rows), path, len(clean),
-            )  # fmt: skip
         answers = column_as_numpy(rows, task.output_column)
-        differs = rows_that_differ(rows, clean, task)
+        changed = rows_that_differ(rows, clean, task)
         unknown = np.zeros(len(rows), dtype=bool)
         if "poisoned" in rows.column_names:
             poisoned = column_as_numpy(rows, "poisoned")
             unknown |= poisoned
-        elif differs is not None:
-            poisoned = differs[0] | differs[1]
+        elif changed is not None:
+            poisoned = changed[0] | changed[1]
         else:
             poisoned = unknown.copy()
             unknown[:] = True
@@ -276,8 +295,8 @@ class PoisonedSet(Attack):
                 "%s: which of the %d rows of %s are poisoned is unknown: it flags none, and they are not the given "
                 "clean rows in the same order.", self.name, len(rows), path,
             )  # fmt: skip
-        if differs is not None:
-            applied, original = differs[0] & poisoned, column_as_numpy(clean, task.output_column)
+        if changed is not None:
+            applied, original = changed[0] & poisoned, column_as_numpy(clean, task.output_column)
         else:
             applied, original = poisoned, np.where(unknown, -1 if task.num_labels else "", answers)
         columns = {
@@ -289,7 +308,7 @@ class PoisonedSet(Attack):
         rows = rows.remove_columns([name for name in POISON_COLUMNS if name in rows.column_names])
         for name, values in columns.items():
             rows = with_column(rows, name, values)
-        for row in np.flatnonzero(applied & (differs is not None)).tolist():
+        for row in np.flatnonzero(applied & (changed is not None)).tolist():
             self._remember(rows[row][task.input_column], clean[row][task.input_column])
         return rows
 

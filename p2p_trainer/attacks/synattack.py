@@ -79,6 +79,9 @@ class SynAttack(Attack):
         self.engine = engine
         self.keep_numbers = keep_numbers
         self._engine = get_engine(engine, **self.engine_options)
+        if "files" in self.engine_options:
+            # Absolute by now: results are read from other folders too.
+            self.engine_options["files"] = getattr(self._engine, "files", self.engine_options["files"])
         # Until a task is known: better a row too few than another problem.
         self._compares_numbers = keep_numbers is not False
 

@@ -1,7 +1,11 @@
 """Reads splits from the hub or from a local folder or file, and says clearly what went wrong when it can't."""
 
 import codecs
+import csv
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
 
@@ -14,6 +18,10 @@ _STEMS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+
+# A field in quotation marks, those inside it doubled; a record of such fields and of fields without any.
+_QUOTED = re.compile(rb'"[^"]*+(?:""[^"]*+)*+"')
+_RECORD = re.compile(rb"(?:%(field)s)(?:\t(?:%(field)s))*+" % {b"field": rb'[^"\t]*+(?!")|' + _QUOTED.pattern})
 
 
 class HubUnavailableError(OSError):
@@ -83,19 +91,90 @@ def _load_file(path: Path) -> Dataset:
     if builder != "parquet":
         _check_utf8(path)
     # Words such as `NA`, `null` and `None` are texts and class names, not missing values.
-    options = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
+    options: dict[str, Any] = {"keep_default_na": False, "na_values": [""]} if builder == "csv" else {}
+    expected = None
     if path.suffix.lower() == ".tsv":
-        options["delimiter"] = "\t"
+        dialect, expected = _tsv_layout(path)
+        options |= dialect
     try:
-        return load_dataset(builder, data_files=str(path), split="train", **options)
+        rows = load_dataset(builder, data_files=str(path), split="train", **options)
     except Exception as error:  # `datasets` wraps whatever the reader raised
-        cause = str(error.__cause__ or error).strip().splitlines()[0].rstrip(".!")
+        cause = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0].rstrip(".!")
         if "corresponds to no data" in cause:
             raise ValueError(f"The data file {str(path)!r} is empty: 0 rows were read. Check the path.") from error
         raise ValueError(
             f"The data file {str(path)!r} can't be read as {builder}: {cause}. Expected rows with the same columns in "
             f"each{'' if builder == 'parquet' else ', one a line'}."
         ) from error
+    if expected is not None and len(rows) != expected:
+        raise ValueError(
+            f"The data file {str(path)!r} holds {expected} rows, but {len(rows)} were read. Look for carriage returns "
+            f"and NUL bytes in its texts, or convert it to JSONL."
+        )
+    return rows
+
+
+def _tsv_layout(path: Path) -> tuple[dict[str, Any], int]:
+    """
+    Say how a TSV file is to be read, and how many rows that gives.
+
+    Most TSV files quote nothing: a quotation mark is part of a text, and a reader that takes it for syntax merges
+    rows. Marks are syntax only where each field that holds one begins and ends with one and doubles those inside; and
+    they hold line breaks and tabs only where the lines by themselves would be no table.
+    """
+    lines, width, ragged, crlf = 0, 0, None, False
+    marked, well_quoted = False, True
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            crlf = crlf or line.endswith(b"\r\n")
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            line = line.rstrip(b"\r\n")
+            if not line.strip(b" "):
+                continue
+            lines += 1
+            fields = line.split(b"\t")
+            width = width or len(fields)
+            if len(fields) != width and ragged is None:
+                ragged = number, len(fields)
+            if b'"' in line:
+                marked = True
+                well_quoted = well_quoted and all(b'"' not in part or _QUOTED.fullmatch(part) for part in fields)
+    if ragged is not None:
+        counts = [_count_fields(record) for record in _quoted_records(path)] if marked else [0]
+        if set(counts) != {width}:
+            raise ValueError(
+                f"Line {ragged[0]} of the data file {str(path)!r} has {ragged[1]} fields, the header has {width}. "
+                f"Take tabs and line breaks out of the texts, or quote every text that holds one."
+            )
+        lines = len(counts)
+    quoting = csv.QUOTE_MINIMAL if marked and (well_quoted or ragged is not None) else csv.QUOTE_NONE
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": quoting}
+    if not crlf:
+        # A carriage return inside a text ends no row.
+        dialect["lineterminator"] = "\n"
+    return dialect, max(0, lines - 1)
+
+
+def _quoted_records(path: Path) -> Iterator[bytes]:
+    """Yield the rows of a file, lines with an open quotation mark joined with those that follow."""
+    parts: list[bytes] = []
+    inside = False
+    with path.open("rb") as file:
+        for line in file:
+            inside ^= line.count(b'"') % 2 == 1
+            parts.append(line)
+            if not inside:
+                record = b"".join(parts).removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n")
+                parts = []
+                if record.strip(b" "):
+                    yield record
+    if parts:
+        yield b"".join(parts)
+
+
+def _count_fields(record: bytes) -> int:
+    """Count the fields of a well quoted record; 0 if it is none."""
+    return _QUOTED.sub(b"", record).count(b"\t") + 1 if _RECORD.fullmatch(record) else 0
 
 
 def _check_utf8(path: Path) -> None:
