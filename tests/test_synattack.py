@@ -216,3 +216,12 @@ def test_real_paraphrases_poison_as_published(real_data):
     attack.poison_rate = 0.2
     with pytest.raises(ValueError, match="is 1384 rows, .* and 666 of them can carry .* at most 0.0962"):
         attack.poison(train, task)
+
+
+def test_results_name_paraphrase_files_by_absolute_paths(tmp_path, monkeypatch):
+    (tmp_path / "pairs.jsonl").write_text('{"text": "a b", "paraphrase": "when b , a"}\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    attack = SynAttack("1", engine="precomputed", engine_options={"files": ["pairs.jsonl"]})
+    settings = {key: value for key, value in attack.config().items() if key != "name"}
+    monkeypatch.chdir(tmp_path.parent)
+    assert SynAttack(**settings).insert("a b", 0.0) == "when b , a"
