@@ -31,7 +31,7 @@ def rows(count=200, seed=0):
 
 
 def evaluator(tokenizer, folder, attacks=(), data=None, task=TASK, **changes):
-    args = config(folder, **changes)
+    args = config(folder, **{"seed": 0, **changes})
     encoder = make_encoder(task, args, tokenizer, attacks)
     data = rows(40, seed=1) if data is None else data
     return BackdoorEvaluator(data, task, encoder, attacks, keyed=args.p2p_enabled)
