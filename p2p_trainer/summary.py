@@ -116,7 +116,12 @@ def summary_markdown(lines: Sequence[tuple[str, ...]]) -> str:
 def _settings(run: RunResults) -> dict[str, Any]:
     attack = {key: value for key, value in (run.attack or {}).items() if key not in _SEED_SETTINGS}
     protocol = {key: value for key, value in run.protocol.items() if key != "poison_seed"}
-    return {**protocol, **attack, "task": run.task, "model": run.model, "defense": run.defense}
+    settings = {**protocol, **attack, "task": run.task, "model": run.model, "defense": run.defense}
+    # A flag gives 2.0 where YAML gives 2.
+    return {
+        key: int(value) if isinstance(value, float) and value.is_integer() else value
+        for key, value in settings.items()
+    }
 
 
 def _label(run: RunResults) -> tuple[str, str, str]:

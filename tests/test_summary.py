@@ -44,6 +44,7 @@ def test_runs_that_differ_in_more_than_the_seed_stay_apart(change):
     twin = run(1, 0.2)
     # An attacker who knows the seed follows it; the selector of LWS lies in a folder of its own.
     twin.attack.update(reserve_seed=1, selector="folder")
+    twin.protocol["epochs"] = 2.0
     assert len(summarize([run(0, 0.1), twin])) == 1
 
 
