@@ -6,6 +6,7 @@ import shlex
 import pytest
 from datasets import Dataset
 
+from p2p_trainer.attacks import get_attack
 from p2p_trainer.attacks.poisoned_set import PoisonedSet
 from p2p_trainer.config import P2PScriptArguments
 from p2p_trainer.recipe import load_data
@@ -77,3 +78,10 @@ def test_clean_rows_that_a_folder_was_not_written_from_are_refused(data, written
     # Also where the file alone is given, as if it were somebody else's.
     alone = PoisonedSet("positive", train=str(written / "train.jsonl")).poison(Dataset.from_list(rows[:9]), SST2)
     assert alone["id"][:] == [row["id"] for row in rows[:9]]
+
+
+def test_a_recipe_that_names_a_rate_takes_poisoned_rows_as_they_are(tmp_path):
+    lines = ['{"text": "a b", "label": 1, "poisoned": true}', '{"text": "c d", "label": 0, "poisoned": false}']
+    (tmp_path / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    attack = get_attack("poisoned_set", target="1", poison_rate=0.02, train=str(tmp_path / "train.jsonl"))
+    assert attack.config()["poison_rate"] is None and get_attack(**attack.config()).config() == attack.config()

@@ -76,8 +76,8 @@ def test_what_was_written_comes_back_bit_by_bit(data, written):
     again = attack.poison(SST2.load("train", str(data)), SST2)
     assert again.to_dict() == expected[0].to_dict() and sum(again["poisoned"]) == 21
     assert attack.config() == {
-        "name": "poisoned_set", "target": "positive", "folder": str(written), "train": None, "validation": None,
-        "test": None, "test_clean": None,
+        "name": "poisoned_set", "poison_rate": None, "target": "positive", "folder": str(written), "train": None,
+        "validation": None, "test": None, "test_clean": None,
     }  # fmt: skip
     assert get_attack(**attack.config()).config() == attack.config()
     assert attack.trigger_texts == ("mn",) and not attack.extended_target and attack.insert("a b", 0.5) is None

@@ -339,7 +339,7 @@ def test_options_that_can_not_be_used(tmp_path):
         ({"folder": str(tmp_path), "test": path}, r"got \['folder', 'test'\]"),
         ({"train": path, "test_clean": path}, "`test_clean` holds the rows of `test` before the trigger. Give `test`"),
         ({"folder": str(tmp_path)}, "holds no poison.json. Give a folder that `p2p-trainer poison` wrote"),
-        ({"train": path, "poison_rate": 0.1}, "does not take these options"),
+        ({"train": path, "rate": 0.1}, "does not take these options"),
     ]:
         with pytest.raises(ValueError, match=message):
             get_attack("poisoned_set", target="positive", **options)

@@ -50,6 +50,8 @@ class PoisonedSet(Attack):
     Args:
         target (`str` or `int`):
             What the attacker wants: a label, or a payload.
+        poison_rate (`float`, *optional*):
+            Taken, since recipes name one, and not used: the rows are what they are.
         folder (`str`, *optional*):
             What `p2p-trainer poison` wrote. With it, give no file.
         train (`str`, *optional*):
@@ -70,6 +72,7 @@ class PoisonedSet(Attack):
     def __init__(
         self,
         target: str | int,
+        poison_rate: float | None = None,
         folder: str | None = None,
         train: str | None = None,
         validation: str | None = None,
@@ -95,6 +98,8 @@ class PoisonedSet(Attack):
             label_mode=config.get("label_mode", "dirty"),
             payload_mode=config.get("payload_mode", "replace"),
         )
+        # In results, no rate is better than one that was not applied.
+        self.poison_rate = None
         # Texts that carry the trigger -> how many characters hold all of it; training texts of which that is unknown.
         self._ends: dict[str, int] = {}
         self._unknown_ends: set[str] = set()
