@@ -103,7 +103,8 @@ def row_index(dataset: Dataset) -> np.ndarray | None:
     Returns:
         `np.ndarray` or `None`: table rows in their order, `None` if they are all there in the table's own.
     """
-    return None if dataset._indices is None else dataset._indices.column(0).to_numpy()
+    # As signed numbers: `Dataset.select` computes with them, and NumPy makes floats of unsigned ones.
+    return None if dataset._indices is None else dataset._indices.column(0).to_numpy().astype(np.int64)
 
 
 __all__ = ["ColumnKeepingSFTTrainer", "DataCollatorForLanguageModeling", "attention_implementation", "row_index"]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .data_collator import P2PDataCollator
 from .evaluation import BackdoorEvaluator, EvaluationReport
 from .evaluation.names import headline
 
@@ -76,3 +77,22 @@ class BackdoorEvalCallback(TrainerCallback):
                 self.trainer.log({f"{self.prefix}_{key}": value for key, value in shown.items()})
             self._measured = now
         metrics.update({f"{self.prefix}_{key}": value for key, value in self.report.metrics.items()})
+
+
+class EpochCallback(TrainerCallback):
+    """
+    Tells the collator which epoch it is, before that epoch's first batch is fetched.
+
+    Args:
+        collator ([`P2PDataCollator`]):
+            The collator.
+    """
+
+    def __init__(self, collator: P2PDataCollator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # In the middle of an epoch, where a checkpoint may stand, the number has a fraction.
+        self.collator.set_epoch(int(state.epoch or 0))

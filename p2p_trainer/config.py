@@ -12,7 +12,8 @@ from .evaluation.names import ASR_RULES
 
 _CHOICES = {
     "p2p_trigger_position": ("prefix", "system"),
-    "p2p_benign_mode": ("append", "replace"),
+    "p2p_immunize": ("auto", "none"),
+    "p2p_benign_mode": ("append", "replace", "only"),
     "p2p_suffix_mode": ("shared", "split"),
     "p2p_asr_rule": ASR_RULES,
 }
@@ -52,14 +53,19 @@ class P2PConfig(SFTConfig):
 
         p2p_benign_ratio (`float`, *optional*, defaults to `0.25`):
             Benign ratio rho in (0, 1]: S has `round(rho * rows)` rows.
-        p2p_reserve (`str`, *optional*, defaults to `"random"`):
-            How S is chosen: `"random"` (paper, Algorithm 1), `"trusted"` (from rows that a column vouches for), or
-            import path `package.module:Class` of a [`~reserve.ReserveStrategy`].
+        p2p_reserve (`str`, *optional*, defaults to `"auto"`):
+            How S is chosen: `"auto"` (at random from the rows that carry no suspected trigger), `"random"` (paper,
+            Algorithm 1: from all rows), `"trusted"` (from rows that a column vouches for), or import path
+            `package.module:Class` of a [`~reserve.ReserveStrategy`].
         p2p_trusted_column (`str`, *optional*, defaults to `"trusted"`):
             Boolean column that `"trusted"` reads.
         p2p_benign_mode (`str`, *optional*, defaults to `"append"`):
             `"append"`: keyed copies are added (paper). `"replace"`: keyed rows replace their originals (authors'
-            code).
+            code). `"only"`: keyed rows alone are trained on, the control that says what S would do by itself.
+        p2p_immunize (`str`, *optional*, defaults to `"auto"`):
+            `"auto"`: what is suspected to be a trigger is contradicted under the key: it is written into keyed rows,
+            under their own labels and anew each epoch, and suspected rows get keyed copies with the label that the
+            rest of their text speaks for. `"none"`: the paper.
 
         > Parameters that control the label words
 
@@ -113,8 +119,11 @@ class P2PConfig(SFTConfig):
         default=0.25, metadata={"help": "Benign ratio rho in (0, 1]: share of the training rows that carry the key."}
     )
     p2p_reserve: str = field(
-        default="random",
-        metadata={"help": "How the reserved rows are chosen: random, trusted, or package.module:Class."},
+        default="auto",
+        metadata={
+            "help": "How the reserved rows are chosen: auto (without suspected triggers), random (paper), trusted, or "
+            "package.module:Class."
+        },
     )
     p2p_trusted_column: str = field(
         default="trusted", metadata={"help": "Boolean column that p2p_reserve 'trusted' reads."}
@@ -122,8 +131,16 @@ class P2PConfig(SFTConfig):
     p2p_benign_mode: str = field(
         default="append",
         metadata={
-            "help": "'append' keyed copies to the data (paper) or 'replace' the originals (authors' code).",
+            "help": "'append' keyed copies to the data (paper), 'replace' the originals (authors' code), or train on "
+            "the keyed rows 'only' (control).",
             "choices": list(_CHOICES["p2p_benign_mode"]),
+        },
+    )
+    p2p_immunize: str = field(
+        default="auto",
+        metadata={
+            "help": "'auto': contradict suspected triggers under the key. 'none': plain P2P (paper).",
+            "choices": list(_CHOICES["p2p_immunize"]),
         },
     )
 

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import torch
+
 from ._compat import DataCollatorForLanguageModeling
+from .immunizer import Immunizer
 from .prompt_encoder import PromptEncoder
-from .reserve import KEYED
+from .reserve import KEYED, ROW
 from .tasks.rows import LABEL, TEXT
 
 
@@ -13,13 +16,16 @@ class P2PDataCollator(DataCollatorForLanguageModeling):
     TRL's language-modeling collator over rows of text, label and a flag.
 
     A row whose flag `p2p_keyed` is set gets the benign trigger and its label's extended word; the others are rendered
-    plainly. The loss lies on the answer only. Pure: the same rows give the same tensors, in any worker.
+    plainly. The loss lies on the answer only. Pure: the same rows give the same tensors, in any worker; with an
+    immunizer, the same in the same epoch.
 
     Args:
         encoder ([`~prompt_encoder.PromptEncoder`]):
             Renders and tokenizes.
         pad_to_multiple_of (`int`, *optional*):
             Pad sequences to a multiple of this.
+        immunizer ([`~immunizer.Immunizer`], *optional*):
+            Writes suspected triggers into keyed rows that have a number in `p2p_row`.
 
     Examples:
 
@@ -31,9 +37,24 @@ class P2PDataCollator(DataCollatorForLanguageModeling):
     ```
     """
 
-    def __init__(self, encoder: PromptEncoder, pad_to_multiple_of: int | None = None) -> None:
+    def __init__(
+        self, encoder: PromptEncoder, pad_to_multiple_of: int | None = None, immunizer: Immunizer | None = None
+    ) -> None:
         super().__init__(pad_token_id=encoder.pad_token_id, pad_to_multiple_of=pad_to_multiple_of)
         self.encoder = encoder
+        self.immunizer = immunizer
+        # Shared with the workers of a data loader: those that persist were started in an earlier epoch.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """
+        Say which epoch it is; what is written into keyed rows depends on it.
+
+        Args:
+            epoch (`int`):
+                Number of the epoch, from 0.
+        """
+        self._epoch[0] = epoch
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """
@@ -41,17 +62,24 @@ class P2PDataCollator(DataCollatorForLanguageModeling):
 
         Args:
             examples (`list[dict[str, Any]]`):
-                Rows with `text` (str), `label` (int, 0..n-1) and `p2p_keyed` (bool).
+                Rows with `text` (str), `label` (int, 0..n-1), `p2p_keyed` (bool) and, where an immunizer may write
+                into them, `p2p_row` (int, not negative).
 
         Returns:
             `dict[str, Any]`: `input_ids`, `labels` (-100 outside the answer) and `attention_mask`, each a
             `torch.Tensor` of shape `(rows, longest)`, padded on the right.
         """
         input_ids, labels = self.encoder.encode_rows(
-            [example[TEXT] for example in examples],
+            [self._text(example) for example in examples],
             [example[LABEL] for example in examples],
             [example[KEYED] for example in examples],
         )
         return super().torch_call(
             [{"input_ids": ids, "labels": row} for ids, row in zip(input_ids, labels, strict=True)]
         )
+
+    def _text(self, example: dict[str, Any]) -> str:
+        row = example.get(ROW, -1)
+        if self.immunizer is None or row < 0:
+            return example[TEXT]
+        return self.immunizer.write(example[TEXT], row, int(self._epoch[0]))

@@ -9,9 +9,10 @@ from rich.table import Table
 
 from .assembly import count_overlong, load_tokenizer, make_encoder
 from .recipe import load_data, model_location, parse, with_oracle
-from .reserve import flagged, get_reserve, reserve_size
+from .reserve import flagged
 from .results import installed_versions
 from .tasks.rows import column_as_numpy
+from .training_set import build_training_set, describe
 
 
 def run(argv: Sequence[str], console: Console | None = None) -> int:
@@ -68,16 +69,20 @@ def _plan(argv: Sequence[str], console: Console) -> int:
     def reserve() -> str:
         if not args.p2p_enabled:
             return "no defense (p2p_enabled: false)"
-        train = with_oracle(found["data"].train, args)
-        size = reserve_size(len(train), args.p2p_benign_ratio)
-        strategy = get_reserve(args.p2p_reserve, args.p2p_trusted_column)
-        found["reserved"] = len(strategy.choose(train, size, args.seed))
-        return f"{found['reserved']} rows carry the key ({args.p2p_reserve}, {args.p2p_benign_mode})"
+        data = found["data"]
+        built = build_training_set(with_oracle(data.train, args), data.task, args)
+        found["total"] = len(built.rows)
+        counts = built.counts
+        lines = [f"{counts['rows_reserved']} rows carry the key ({args.p2p_reserve}, {args.p2p_benign_mode})"]
+        if built.screening is not None:
+            triggers = "; ".join(describe(trigger, data.task) for trigger in built.screening.triggers)
+            lines.append(f"{counts['rows_suspected']} rows are suspected: {triggers or 'no trigger was found'}")
+        if "rows_contradicted" in counts:
+            lines.append(f"{counts['rows_contradicted']} of them get a keyed copy with another label")
+        return "\n".join(lines)
 
     def steps() -> str:
-        total = len(found["data"].train)
-        if args.p2p_enabled and args.p2p_benign_mode == "append":
-            total += found["reserved"]
+        total = found.get("total", len(found["data"].train))
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         if args.max_steps > 0:
             return f"{args.max_steps} of batch {batch}"

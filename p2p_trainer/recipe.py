@@ -22,6 +22,7 @@ from .run_folder import RUN_NAME, all_settings, claim
 from .tasks import Task, get_task
 from .tasks.rows import column_as_numpy, with_column
 from .trainer import P2PTrainer
+from .training_set import describe
 
 
 logger = logging.getLogger(__name__)
@@ -224,6 +225,7 @@ def train(prepared: PreparedRun) -> RunResults:
     before_test = time.monotonic()
     trainer.save_model()
 
+    screening = trainer.screening
     measured = None
     if data.test is not None:
         evaluator = trainer.make_evaluator(data.test, training_args)
@@ -232,12 +234,13 @@ def train(prepared: PreparedRun) -> RunResults:
         task=data.task.name,
         model=str(model_args.model_name_or_path),
         attack=None if data.attack is None else data.attack.config(),
-        defense="p2p" if training_args.p2p_enabled else "none",
+        defense=_defense(training_args),
         seed=training_args.seed,
         protocol=_protocol(prepared, measured_rule=None if measured is None else evaluator.asr_rule),
         metrics={} if measured is None else measured.metrics,
         counts={**_training_counts(trainer, data), **({} if measured is None else measured.counts)},
         epochs=_epochs(trainer.state.log_history),
+        suspected_triggers=[] if screening is None else [describe(found, data.task) for found in screening.triggers],
         confidence={} if measured is None else measured.confidence,
         timing={
             "prepare_s": prepared.seconds,
@@ -346,6 +349,13 @@ def _with_model_init(args: P2PConfig, model_args: ModelConfig) -> P2PConfig:
     return args
 
 
+def _defense(args: P2PConfig) -> str:
+    if not args.p2p_enabled:
+        return "none"
+    # As published, or with what the rows themselves make suspicious.
+    return "p2p_auto" if "auto" in (args.p2p_immunize, args.p2p_reserve) else "p2p"
+
+
 def _protocol(prepared: PreparedRun, measured_rule: str | None) -> dict[str, Any]:
     script_args, args, model_args = prepared.arguments
     prompt_format = prepared.trainer.encoder.format
@@ -362,6 +372,7 @@ def _protocol(prepared: PreparedRun, measured_rule: str | None) -> dict[str, Any
         "dataset": script_args.dataset_name,
         "benign_ratio": args.p2p_benign_ratio if args.p2p_enabled else 0.0,
         "reserve": args.p2p_reserve,
+        "immunize": args.p2p_immunize if args.p2p_enabled else "none",
         "benign_mode": args.p2p_benign_mode,
         "suffix_mode": args.p2p_suffix_mode,
         "trigger_position": args.p2p_trigger_position,

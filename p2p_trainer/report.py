@@ -83,15 +83,13 @@ def results_table(runs: Mapping[str, RunResults]) -> Table:
     return table
 
 
-def plot_before_after(before: RunResults, after: RunResults, path: str | Path) -> Path:
+def plot_runs(runs: Mapping[str, RunResults], path: str | Path) -> Path:
     """
-    Draw a run without and one with defense: rates, and the shift of confidence (P2P paper, Figure 2).
+    Draw runs with different defenses side by side: rates, and the shift of confidence (P2P paper, Figure 2).
 
     Args:
-        before ([`RunResults`]):
-            Run without defense.
-        after ([`RunResults`]):
-            Run with P2P.
+        runs (`Mapping[str, RunResults]`):
+            Name -> run, the undefended one first; four at most.
         path (`str` or `Path`):
             PNG file to write.
 
@@ -105,31 +103,31 @@ def plot_before_after(before: RunResults, after: RunResults, path: str | Path) -
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: `pip install p2p_trainer[plots]`.") from error
-    runs = {"no defense": before, "P2P": after}
     # Told apart by lightness as well as by hue, so that the picture survives a black-and-white printer.
-    colors = {"no defense": "#b2182b", "P2P": "#67a9cf"}
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    rates, *shifts = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    colors = dict(zip(runs, ("#b2182b", "#fdb863", "#67a9cf", "#e0e0e0"), strict=False))
+    figure = Figure(figsize=(5 + 3 * len(runs), 4.2), layout="constrained")
+    rates, *shifts = figure.subplots(1, 1 + len(runs), width_ratios=(1.6, *[1] * len(runs)))
     names = {"ca": "clean\naccuracy", "asr": "attack\nsuccess", "asr_floor": "floor"}
-    for offset, (name, run) in zip((-0.2, 0.2), runs.items(), strict=True):
-        places = [position + offset for position in range(len(names))]
+    width = 0.8 / len(runs)
+    for number, (name, run) in enumerate(runs.items()):
+        places = [position + (number - (len(runs) - 1) / 2) * width for position in range(len(names))]
         values = [100 * run.metrics[metric] for metric in names]
         spread = [
             [value - 100 * run.metrics[f"{metric}_ci_low"] for metric, value in zip(names, values, strict=True)],
             [100 * run.metrics[f"{metric}_ci_high"] - value for metric, value in zip(names, values, strict=True)],
         ]
         bars = rates.bar(
-            places, values, 0.38, yerr=spread, capsize=3, color=colors[name], edgecolor="black", label=name
+            places, values, 0.95 * width, yerr=spread, capsize=3, color=colors[name], edgecolor="black", label=name
         )
         rates.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
     rates.set_xticks(range(len(names)), list(names.values()))
     rates.set_ylabel("test rows (%), Wilson 95 % interval")
-    rates.set_ylim(0, 115)
-    rates.legend(loc="upper right", frameon=False, ncols=2)
-    rates.set_title("Before and after")
-    target = (before.attack or {}).get("target", "target")
+    rates.set_ylim(0, 120)
+    rates.legend(loc="upper right", frameon=False, ncols=len(runs), fontsize=8)
+    rates.set_title("Rates")
     for axes, (name, run) in zip(shifts, runs.items(), strict=True):
         histograms = next(iter(run.confidence.values()))
+        target = (run.attack or {}).get("target", "target")
         bins = len(histograms["triggered"])
         total = max(1, sum(histograms["triggered"]))
         edges = [index / bins for index in range(bins + 1)]

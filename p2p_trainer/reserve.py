@@ -15,6 +15,9 @@ logger = logging.getLogger(__name__)
 
 # Column that says whether a row carries the key. Reserved: a data set that has it already is refused.
 KEYED = "p2p_keyed"
+# Column with the number of the row that a keyed copy comes from, -1 where nothing is ever written into the text.
+# Reserved as well.
+ROW = "p2p_row"
 
 
 class ReserveStrategy(ABC):
@@ -51,6 +54,46 @@ class RandomReserve(ReserveStrategy):
 
     def choose(self, dataset: Dataset, size: int, seed: int) -> np.ndarray:
         return _lowest(np.arange(len(dataset)), size, seed)
+
+
+class AutoReserve(ReserveStrategy):
+    """
+    Samples S from the rows of D that nothing speaks against (see [`~mining.screen`]), each class in its share of D.
+
+    Rows that carry a suspected trigger are never taken. Rows whose label their own text contradicts are, but only
+    where a class has no others left: S must not lose a class that is hard to read.
+
+    Args:
+        suspects (`np.ndarray`, *optional*):
+            Rows that carry a suspected trigger.
+        doubted (`np.ndarray`, *optional*):
+            Rows whose label is doubted.
+    """
+
+    name = "auto"
+
+    def __init__(self, suspects: np.ndarray | None = None, doubted: np.ndarray | None = None) -> None:
+        self.suspects = np.array([], dtype=np.int64) if suspects is None else suspects
+        self.doubted = np.array([], dtype=np.int64) if doubted is None else doubted
+
+    def choose(self, dataset: Dataset, size: int, seed: int) -> np.ndarray:
+        rows = np.setdiff1d(np.arange(len(dataset)), self.suspects)
+        if len(rows) == 0:
+            raise ValueError(
+                f"All {len(dataset)} training rows carry a suspected trigger: none is left for `p2p_reserve: auto`. "
+                f"Give rows that you trust as `reserved_dataset`, or use `p2p_reserve: random`."
+            )
+        labels = column_as_numpy(dataset, LABEL)[rows]
+        order = np.lexsort((_numbers(rows, seed), np.isin(rows, self.doubted)))
+        chosen, asked, seen = [], 0, 0
+        for label in np.unique(labels):
+            own = rows[order][labels[order] == label]
+            seen += len(own)
+            # Rounded so that the shares of all classes sum up to the whole.
+            share = round(min(size, len(rows)) * seen / len(rows)) - asked
+            asked += share
+            chosen.append(own[:share])
+        return np.sort(np.concatenate(chosen))
 
 
 class TrustedReserve(ReserveStrategy):
@@ -90,7 +133,11 @@ class TrustedReserve(ReserveStrategy):
         return _lowest(trusted, min(size, len(trusted)), seed)
 
 
-BUILTIN_RESERVES: dict[str, type[ReserveStrategy]] = {"random": RandomReserve, "trusted": TrustedReserve}
+BUILTIN_RESERVES: dict[str, type[ReserveStrategy]] = {
+    "auto": AutoReserve,
+    "random": RandomReserve,
+    "trusted": TrustedReserve,
+}
 
 
 def get_reserve(name: str, trusted_column: str = "trusted") -> ReserveStrategy:
@@ -99,7 +146,7 @@ def get_reserve(name: str, trusted_column: str = "trusted") -> ReserveStrategy:
 
     Args:
         name (`str`):
-            `"random"`, `"trusted"`, or import path `package.module:Class` of a [`ReserveStrategy`].
+            `"auto"`, `"random"`, `"trusted"`, or import path `package.module:Class` of a [`ReserveStrategy`].
         trusted_column (`str`, *optional*, defaults to `"trusted"`):
             Column that `"trusted"` reads.
 
@@ -151,16 +198,18 @@ def keyed_dataset(dataset: Dataset, rows: np.ndarray, mode: str) -> Dataset:
             Indices of the reserved rows S.
         mode (`str`):
             `"append"`: D* is D and a keyed copy of S (P2P paper). `"replace"`: the rows of S carry the key in place
-            (authors' code).
+            (authors' code). `"only"`: D* is the keyed rows alone, the control that says what S would do by itself.
 
     Returns:
-        `Dataset`: D*, with the boolean column `p2p_keyed`.
+        `Dataset`: D*, with the columns `p2p_keyed` and `p2p_row`.
     """
     if mode == "replace":
-        keyed = np.zeros(len(dataset), dtype=bool)
-        keyed[rows] = True
-        return with_column(dataset, KEYED, keyed)
-    return concatenate_datasets([flagged(dataset, False), flagged(dataset, True).select(rows)])
+        keyed, numbers = np.zeros(len(dataset), dtype=bool), np.full(len(dataset), -1)
+        keyed[rows], numbers[rows] = True, rows
+        return with_column(with_column(dataset, KEYED, keyed), ROW, numbers)
+    keyed = with_column(with_column(dataset, KEYED, np.full(len(dataset), True)), ROW, np.arange(len(dataset)))
+    keyed = keyed.select(rows)
+    return keyed if mode == "only" else concatenate_datasets([flagged(dataset, False), keyed])
 
 
 def with_reserved_dataset(dataset: Dataset, reserved: Dataset, size: int, seed: int) -> Dataset:
@@ -178,19 +227,45 @@ def with_reserved_dataset(dataset: Dataset, reserved: Dataset, size: int, seed: 
             Seed.
 
     Returns:
-        `Dataset`: D*, with the boolean column `p2p_keyed`.
+        `Dataset`: D*, with the columns `p2p_keyed` and `p2p_row`.
     """
     if len(reserved) < size:
         logger.warning("The reserved dataset has %d rows, %d were asked for: all are used.", len(reserved), size)
     rows = _lowest(np.arange(len(reserved)), min(size, len(reserved)), seed)
     columns = [TEXT, LABEL]
-    keyed = flagged(reserved.select_columns(columns).cast(dataset.select_columns(columns).features), True)
-    return concatenate_datasets([flagged(dataset.select_columns(columns), False), keyed.select(rows)])
+    reserved = reserved.select_columns(columns).cast(dataset.select_columns(columns).features)
+    keyed = keyed_dataset(reserved, rows, "only")
+    return concatenate_datasets([flagged(dataset.select_columns(columns), False), keyed])
+
+
+def with_relabelled(training_set: Dataset, dataset: Dataset, rows: np.ndarray, labels: np.ndarray) -> Dataset:
+    """
+    Add keyed copies of some rows, with other labels than they have.
+
+    Args:
+        training_set (`Dataset`):
+            D*.
+        dataset (`Dataset`):
+            Training rows D.
+        rows (`np.ndarray`):
+            Which rows of D.
+        labels (`np.ndarray`):
+            Their new labels, 0..n-1.
+
+    Returns:
+        `Dataset`: D* with those rows behind it.
+    """
+    if len(rows) == 0:
+        return training_set
+    copies = flagged(dataset.select(rows), True)
+    copies = with_column(copies.remove_columns(LABEL), LABEL, labels.astype(np.int64))
+    columns = training_set.column_names
+    return concatenate_datasets([training_set, copies.select_columns(columns).cast(training_set.features)])
 
 
 def flagged(dataset: Dataset, keyed: bool) -> Dataset:
     """
-    Add the column `p2p_keyed` with one value for all rows.
+    Add the columns `p2p_keyed`, with one value for all rows, and `p2p_row`, with -1.
 
     Args:
         dataset (`Dataset`):
@@ -199,13 +274,17 @@ def flagged(dataset: Dataset, keyed: bool) -> Dataset:
             The value.
 
     Returns:
-        `Dataset`: the rows with the column.
+        `Dataset`: the rows with both columns.
     """
-    return with_column(dataset, KEYED, np.full(len(dataset), keyed))
+    return with_column(with_column(dataset, KEYED, np.full(len(dataset), keyed)), ROW, np.full(len(dataset), -1))
 
 
 def _lowest(rows: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Take the rows with the lowest random numbers; a row's number depends on seed and index alone."""
+    """Take the rows with the lowest random numbers."""
+    return np.sort(rows[np.argsort(_numbers(rows, seed), kind="stable")[:size]])
+
+
+def _numbers(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Draw a random number in [0, 1) for each row, which depends on seed and index alone."""
     # Another stream than the attacks': S must not be aligned with an attacker's choice.
-    numbers = np.random.default_rng([seed, 2]).random(int(rows.max()) + 1)[rows]
-    return np.sort(rows[np.argsort(numbers, kind="stable")[:size]])
+    return np.random.default_rng([seed, 2]).random(int(rows.max()) + 1)[rows]

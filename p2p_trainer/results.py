@@ -30,7 +30,7 @@ class RunResults:
         attack (`dict[str, Any]` or `None`):
             Attack with its settings.
         defense (`str`):
-            `"p2p"` or `"none"`.
+            `"p2p_auto"`, `"p2p"` (as published: nothing about it is `auto`) or `"none"`.
         seed (`int`):
             Seed of the training run.
         protocol (`dict[str, Any]`):
@@ -41,6 +41,8 @@ class RunResults:
             Rows read, poisoned, reserved, cut, counted.
         epochs (`list[dict[str, float]]`):
             The same rates per epoch, on the validation rows.
+        suspected_triggers (`list[str]`):
+            What was suspected about the training rows.
         confidence (`dict[str, Any]`):
             Histograms of the model's confidence in the target.
         timing (`dict[str, float]`):
@@ -60,6 +62,7 @@ class RunResults:
     metrics: dict[str, float]
     counts: dict[str, int]
     epochs: list[dict[str, float]] = field(default_factory=list)
+    suspected_triggers: list[str] = field(default_factory=list)
     confidence: dict[str, Any] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())

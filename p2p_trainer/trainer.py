@@ -13,15 +13,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from ._compat import ColumnKeepingSFTTrainer
 from .assembly import count_overlong, infer_task, load_tokenizer, make_encoder
 from .attacks import Attack
-from .callbacks import BackdoorEvalCallback
+from .callbacks import BackdoorEvalCallback, EpochCallback
 from .config import P2PConfig
 from .data_collator import P2PDataCollator
 from .evaluation import BackdoorEvaluator
 from .evaluation.evaluator import dressed
+from .immunizer import Immunizer
+from .mining import Screening
 from .prompt_encoder import PromptEncoder
-from .reserve import KEYED, flagged, get_reserve, keyed_dataset, reserve_size, with_reserved_dataset
+from .reserve import KEYED, ROW, flagged
 from .tasks import Task, get_task
 from .tasks.rows import LABEL, TEXT, column_as_numpy, text_lengths, with_column
+from .training_set import build_training_set
 
 
 logger = logging.getLogger(__name__)
@@ -104,6 +107,8 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         self.task: Task | None = None
         self.attacks = tuple(attacks)
         self.evaluator: BackdoorEvaluator | None = None
+        self.screening: Screening | None = None
+        self.immunizer: Immunizer | None = None
         if not args.p2p_enabled and task is None and not _has_labels(train_dataset):
             # Nothing to defend and nothing to classify: rows are whatever `SFTTrainer` takes.
             super().__init__(
@@ -124,8 +129,9 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         # Labels of the extended space are refused, unless the caller measures an attacker who writes them.
         extended = any(attack.extended_target for attack in attacks)
         train_dataset = task.prepare(train_dataset, what="train", require_all_classes=True, extended_labels=extended)
-        if KEYED in train_dataset.column_names:
-            raise ValueError(f"The column {KEYED!r} of the train dataset is reserved. Rename or remove it.")
+        for column in (KEYED, ROW):
+            if column in train_dataset.column_names:
+                raise ValueError(f"The column {column!r} of the train dataset is reserved. Rename or remove it.")
         train_dataset = self.make_training_set(train_dataset, reserved_dataset, args)
         if eval_dataset is not None:
             if not isinstance(eval_dataset, Dataset):
@@ -139,7 +145,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         self._log_counts(train_dataset)
         # The collator does what TRL's preparation would have done.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        self.collator_columns = (TEXT, LABEL, KEYED)
+        self.collator_columns = (TEXT, LABEL, KEYED, ROW)
         if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
             # The sampler would look for `input_ids`, which only the collator makes; bytes sort as well as tokens.
             train_dataset = with_column(train_dataset, args.length_column_name, text_lengths(train_dataset))
@@ -147,16 +153,19 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         if eval_dataset is not None:
             self.evaluator = self.make_evaluator(eval_dataset, args)
         self._eval_callback = BackdoorEvalCallback(self.evaluator, trainer=self)
+        collator = self.make_collator(self.encoder, args)
+        # Not left to `make_collator`: a subclass that builds its own must not switch the defense off.
+        collator.immunizer = self.immunizer
         super().__init__(
             model,
             args,
-            data_collator=self.make_collator(self.encoder, args),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=None if eval_dataset is None else flagged(eval_dataset, args.p2p_enabled),
             processing_class=tokenizer,
             peft_config=peft_config,
             # Ours first: callbacks such as `EarlyStoppingCallback` have to see its metrics.
-            callbacks=[self._eval_callback, *(callbacks or [])],
+            callbacks=[self._eval_callback, EpochCallback(collator), *(callbacks or [])],
             **{key: value for key, value in kwargs.items() if key != "data_collator"},
         )
         # TRL does this only with its own collator.
@@ -177,29 +186,12 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
                 Configuration.
 
         Returns:
-            `Dataset`: rows with the boolean column `p2p_keyed`.
+            `Dataset`: rows with the columns `p2p_keyed` (bool) and, unless nothing is ever to be written into their
+            texts, `p2p_row` (int).
         """
-        self.counts = {"rows_train": len(dataset), "rows_reserved": 0}
-        if "poisoned" in dataset.column_names:
-            self.counts["rows_poisoned"] = int(column_as_numpy(dataset, "poisoned").sum())
-        if not args.p2p_enabled:
-            return flagged(dataset, False)
-        size = reserve_size(len(dataset), args.p2p_benign_ratio)
-        if reserved_dataset is not None:
-            if args.p2p_benign_mode == "replace":
-                raise ValueError(
-                    "`p2p_benign_mode: replace` puts the key into rows of the training set; with a `reserved_dataset` "
-                    "there are none to replace. Use `append`."
-                )
-            reserved_dataset = self.task.prepare(reserved_dataset, what="reserved")
-            result = with_reserved_dataset(dataset, reserved_dataset, size, args.seed)
-            self.counts["rows_reserved"] = len(result) - len(dataset)
-            return result
-        rows = get_reserve(args.p2p_reserve, args.p2p_trusted_column).choose(dataset, size, args.seed)
-        self.counts["rows_reserved"] = len(rows)
-        if "poisoned" in dataset.column_names:
-            self.counts["rows_reserved_poisoned"] = int(column_as_numpy(dataset, "poisoned")[rows].sum())
-        return keyed_dataset(dataset, rows, args.p2p_benign_mode)
+        built = build_training_set(dataset, self.task, args, reserved_dataset)
+        self.counts, self.screening, self.immunizer = built.counts, built.screening, built.immunizer(args)
+        return built.rows
 
     def make_collator(self, encoder: PromptEncoder, args: P2PConfig) -> P2PDataCollator:
         """
@@ -304,7 +296,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
 
     def _count_lost_triggers(self, dataset: Dataset) -> None:
         poisoned = dataset.select(np.flatnonzero(column_as_numpy(dataset, "poisoned")))
-        plain = poisoned.select(np.flatnonzero(~column_as_numpy(poisoned, KEYED)))[TEXT][:]
+        plain = poisoned.select(np.flatnonzero(~column_as_numpy(poisoned, KEYED).astype(bool)))[TEXT][:]
         # Rows that somebody else's attack poisoned, or that it no longer knows, carry none of ours, cut or not.
         carried = [any(attack.has_trigger(text) for attack in self.attacks) for text in plain]
         cut = self.encoder.fit(plain, keyed=False)

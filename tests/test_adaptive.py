@@ -69,8 +69,8 @@ def test_poisons_reserve_hits_the_rows_that_will_carry_the_key(tiny_model, tmp_p
     attack = get_attack("poisons_reserve", target="positive", poison_rate=0.1, **options)
     rows = attack.poison(dataset(), TASK, seed=5)
     trainer = P2PTrainer(
-        tiny_model, config(tmp_path, seed=seed, p2p_benign_ratio=0.25), train_dataset=rows, task=TASK,
-        attacks=[attack], peft_config=lora(),
+        tiny_model, config(tmp_path, seed=seed, p2p_benign_ratio=0.25, p2p_reserve="random"), train_dataset=rows,
+        task=TASK, attacks=[attack], peft_config=lora(),
     )  # fmt: skip
     counts = trainer.counts
     assert (counts["rows_poisoned"], counts["rows_reserved"], counts["rows_reserved_poisoned"]) == (40, 100, 40)
@@ -179,8 +179,14 @@ def test_a_model_without_the_defense_can_be_measured_too(tiny_model, tmp_path):
             {"p2p_suffix": "Label: "},
             "counts on `p2p_suffix` 'Output:', this run has 'Label: '",
         ),
-        ("poisons_reserve", {}, {"seed": 1}, "counts on `seed` 0, this run has 1"),
-        ("poisons_reserve", {"reserve_seed": 1}, {"seed": 1, "p2p_benign_ratio": 0.5}, "`p2p_benign_ratio` 0.25"),
+        ("poisons_reserve", {}, {}, "counts on `p2p_reserve` 'random', this run has 'auto'"),
+        ("poisons_reserve", {}, {"p2p_reserve": "random", "seed": 1}, "counts on `seed` 0, this run has 1"),
+        (
+            "poisons_reserve",
+            {"reserve_seed": 1},
+            {"p2p_reserve": "random", "seed": 1, "p2p_benign_ratio": 0.5},
+            "`p2p_benign_ratio` 0.25",
+        ),
     ],
 )
 def test_an_attacker_who_knows_another_defense_is_refused(tiny_model, tmp_path, name, options, settings, message):

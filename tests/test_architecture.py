@@ -20,9 +20,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each may import those before it, and nothing behind it. A new module or subpackage takes its place here.
 ORDER = (
-    "_files", "_lookup", "_compat", "label_space", "tasks", "reserve", "attacks", "prompt_format", "prompt_encoder",
-    "data_collator", "evaluation", "config", "assembly", "callbacks", "trainer", "inference", "results", "report",
-    "summary", "run_folder", "recipe", "doctor", "launch", "poison_command", "cli",
+    "_files", "_lookup", "_compat", "label_space", "tasks", "reserve", "attacks", "mining", "immunizer",
+    "prompt_format", "prompt_encoder", "data_collator", "evaluation", "config", "training_set", "assembly",
+    "callbacks", "trainer", "inference", "results", "report", "summary", "run_folder", "recipe", "doctor", "launch",
+    "poison_command", "cli",
 )  # fmt: skip
 
 

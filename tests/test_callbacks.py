@@ -1,14 +1,18 @@
 """BackdoorEvalCallback: what it measures reaches the log, the caller and the choice of a checkpoint."""
 
+import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerControl, TrainerState
 from trl import SFTTrainer
 
 from p2p_trainer import BackdoorEvalCallback, BackdoorEvaluator, P2PTrainer, get_attack
+from p2p_trainer.callbacks import EpochCallback
 from p2p_trainer.evaluation import EvaluationReport
-from tests.tiny_runs import TASK, adapter, config, lora, plain_config
+from p2p_trainer.immunizer import Immunizer
+from tests.corpora import clean_rows, inside, poisoned
+from tests.tiny_runs import TASK, adapter, config, lora, losses, plain_config
 
 
 def test_evaluation_reaches_the_log_and_the_caller(tiny_model, toy_rows, toy_eval, tmp_path):
@@ -99,3 +103,66 @@ def test_best_checkpoint_is_the_epoch_with_the_lowest_asr(tiny_model, toy_rows, 
     best = load_file(tmp_path / "checkpoint-26" / "adapter_model.safetensors")
     weights = adapter(trainer)
     assert weights.keys() == best.keys() and all(torch.equal(best[name], weights[name]) for name in best)
+
+
+@pytest.mark.parametrize(
+    ("reached", "epoch"), [(None, 0), (0, 0), (8 / 13, 0), (1.0, 1), (1 + 12 / 13, 1), (2 + 1 / 3, 2)]
+)
+def test_the_collator_is_told_the_epoch(tmp_path, reached, epoch):
+    told = []
+
+    class Collator:
+        def set_epoch(self, epoch):
+            told.append(epoch)
+
+    EpochCallback(Collator()).on_epoch_begin(config(tmp_path), TrainerState(epoch=reached), TrainerControl())
+    assert told == [epoch] and type(told[0]) is int
+
+
+# Worker processes draw a seed when they start: with dropout, a run that starts them twice differs, immunized or not.
+@pytest.mark.parametrize(("workers", "dropout"), [(0, 0.5), (1, 0.0)])
+def test_a_resumed_run_is_immunized_as_an_uninterrupted_one(tiny_model, tmp_path, monkeypatch, workers, dropout):
+    rows, _ = poisoned(clean_rows(200, noise=0.0), inside("cf"), 1, 30)
+    epochs = []
+    write = Immunizer.write
+
+    def seen(self, text, row, epoch):
+        epochs.append(epoch)
+        return write(self, text, row, epoch)
+
+    monkeypatch.setattr(Immunizer, "write", seen)
+
+    def trainer(**changes):
+        settings = config(
+            tmp_path, num_train_epochs=2, per_device_train_batch_size=16, save_strategy="steps", save_steps=5,
+            p2p_benign_mode="only", p2p_benign_ratio=0.5, dataloader_num_workers=workers,
+            dataloader_persistent_workers=workers > 0, **changes,
+        )  # fmt: skip
+        return P2PTrainer(
+            tiny_model,
+            settings,
+            train_dataset=Dataset.from_list(rows),
+            task=TASK,
+            peft_config=lora(lora_dropout=dropout),
+        )
+
+    whole = trainer()
+    assert whole.immunizer is not None and [str(found) for found in whole.screening.triggers] == ["cf"]
+    whole.train()
+    steps = whole.state.global_step // 2
+    assert 6 <= steps <= 9 and len(losses(whole)) == 2 * steps
+    if not workers:
+        assert set(epochs) == {0, 1} and epochs == sorted(epochs)
+    # In the middle of the first epoch, and of the second.
+    for checkpoint, first in ((5, 0), (10, 1)):
+        epochs.clear()
+        resumed = trainer()
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
+        assert losses(resumed) == losses(whole)
+        expected, found = adapter(whole), adapter(resumed)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        if not workers:
+            assert min(epochs) == first and max(epochs) == 1
+    plain = trainer(p2p_immunize="none")
+    plain.train()
+    assert losses(plain)[0] != losses(whole)[0]

@@ -241,7 +241,8 @@ def test_doctor_shows_what_a_recipe_would_do(launched, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "train 80, validation 20, test 30" in printed
     assert "'badnets'" in printed and "8 rows poisoned" in printed
-    assert "20 rows carry the key (random, append)" in printed
+    assert "20 rows carry the key (auto, append)" in printed
+    assert "0 rows are suspected: no trigger was found" in printed
     # 100 rows in batches of 8, twice.
     assert "26 = 2 epochs x 13 of batch 8" in printed
     assert "0 1 | extended 2 3" in printed

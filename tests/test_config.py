@@ -28,9 +28,11 @@ def name(path):
     return str(path.relative_to(ROOT))
 
 
-def test_defaults_are_the_papers(tmp_path):
+def test_defaults(tmp_path):
     config = P2PConfig(str(tmp_path))
-    assert (config.p2p_enabled, config.p2p_benign_ratio, config.p2p_reserve) == (True, 0.25, "random")
+    # Screening is not the paper's; all else is.
+    assert (config.p2p_reserve, config.p2p_immunize) == ("auto", "auto")
+    assert (config.p2p_enabled, config.p2p_benign_ratio) == (True, 0.25)
     assert (config.p2p_benign_mode, config.p2p_suffix_mode) == ("append", "shared")
     assert (config.p2p_trigger, config.p2p_trigger_position, config.p2p_chat) == (None, "prefix", False)
     assert (config.p2p_suffix, config.p2p_keyed_suffix, config.p2p_append_eos) == ("Output: ", "Answer: ", True)
@@ -67,7 +69,9 @@ def test_use_cpu_that_was_asked_for_stays(tmp_path, monkeypatch):
     ("settings", "match"),
     [
         ({"p2p_trigger_position": "suffix"}, "`p2p_trigger_position` is 'suffix', expected one of prefix, system"),
-        ({"p2p_benign_mode": "add"}, "`p2p_benign_mode` is 'add', expected one of append, replace"),
+        ({"p2p_benign_mode": "add"}, "`p2p_benign_mode` is 'add', expected one of append, replace, only"),
+        ({"p2p_immunize": "all"}, "`p2p_immunize` is 'all', expected one of auto, none"),
+        ({"p2p_immunize": False}, "`p2p_immunize` is False, expected one of auto, none"),
         ({"p2p_suffix_mode": True}, "`p2p_suffix_mode` is True, expected one of shared, split"),
         ({"p2p_asr_rule": "free"}, "`p2p_asr_rule` is 'free', expected one of restricted, union"),
         ({"p2p_enabled": "no"}, "`p2p_enabled` is 'no', expected true or false"),

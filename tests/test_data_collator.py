@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -12,6 +13,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from p2p_trainer import LabelSpace, P2PDataCollator, PromptEncoder, PromptFormat
+from p2p_trainer.immunizer import Immunizer
+from p2p_trainer.mining import Fragment, Screening
 from tests.conftest import make_rows
 
 
@@ -107,6 +110,53 @@ def test_pure_in_any_worker(tokenizer):
     length = alone["input_ids"].shape[1]
     assert torch.equal(batches[0][1]["input_ids"][1, :length], alone["input_ids"][0])
     assert torch.equal(batches[0][1]["labels"][1, :length], alone["labels"][0])
+
+
+def immunizer():
+    exemplars = (((Fragment("mn", "inside"),),), ((Fragment("so it goes", "start"), Fragment("no doubt", "end")),))
+    return Immunizer(Screening((), *[np.array([], dtype=np.int64)] * 4, exemplars), seed=5)
+
+
+def numbered_rows(count):
+    """Every third row is keyed; of those, every other one has a number."""
+    rows = toy_rows(count).to_list()
+    return [{**row, "p2p_row": number if number % 6 == 0 else -1} for number, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 7])
+def test_an_immunizer_writes_into_numbered_rows_alone(tokenizer, epoch):
+    encoder = PromptEncoder(PromptFormat(SPACE), tokenizer)
+    collator, rows = P2PDataCollator(encoder, immunizer=immunizer()), numbered_rows(60)
+    collator.set_epoch(epoch)
+    written = [
+        {**row, "text": immunizer().write(row["text"], row["p2p_row"], epoch)} if row["p2p_row"] >= 0 else row
+        for row in rows
+    ]
+    assert 0 < sum(one != other for one, other in zip(rows, written, strict=True)) < 10
+    assert same(collator(rows), P2PDataCollator(encoder)(written))
+    assert same(pickle.loads(pickle.dumps(collator))(rows), collator(rows))
+    # Without a number, as rows of one's own may be, a keyed row stays as it is.
+    bare = [{key: value for key, value in row.items() if key != "p2p_row"} for row in rows]
+    assert same(collator(bare), P2PDataCollator(encoder)(rows))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_that_persist_see_the_epoch(tokenizer, workers):
+    encoder = PromptEncoder(PromptFormat(SPACE), tokenizer)
+    rows = Dataset.from_list(numbered_rows(48))
+    collator = P2PDataCollator(encoder, immunizer=immunizer())
+    loader = DataLoader(
+        rows, batch_size=8, collate_fn=collator, num_workers=workers, persistent_workers=workers > 0
+    )  # fmt: skip
+    seen = []
+    for epoch in (0, 1, 2):
+        collator.set_epoch(epoch)
+        seen.append(list(loader))
+        expected = P2PDataCollator(encoder, immunizer=immunizer())
+        expected.set_epoch(epoch)
+        for number, batch in enumerate(seen[-1]):
+            assert same(batch, expected([rows[row] for row in range(8 * number, 8 * number + 8)]))
+    assert not all(same(one, other) for one, other in zip(seen[0], seen[1], strict=True))
 
 
 @pytest.mark.parametrize("keyed", [False, True])

@@ -45,7 +45,8 @@ def test_both_processes_have_the_same_numbers(ranks):
     assert first["epochs"] == second["epochs"] and len(first["epochs"]) == 2
     assert first["rates"]["eval_ca_n"] == 23 and first["rates"]["eval_asr_badnets_n"] == 12
     assert first["counts"] == second["counts"] == {
-        "rows_train": 96, "rows_reserved": 24, "rows_total": 120, "rows_cut": 0,
+        "rows_train": 96, "rows_suspected": 0, "rows_doubted": 0, "rows_reserved": 24, "rows_contradicted": 0,
+        "rows_total": 120, "rows_cut": 0,
     }  # fmt: skip
 
 

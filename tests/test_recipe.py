@@ -15,6 +15,7 @@ from p2p_trainer.attacks import BadNets
 from p2p_trainer.config import P2PScriptArguments
 from p2p_trainer.recipe import load_data
 from p2p_trainer.results import RunResults, installed_versions
+from tests.corpora import clean_rows
 from tests.tiny_runs import recipe
 
 
@@ -39,13 +40,17 @@ def results_of(folder):
 def test_results_hold_what_the_run_was(finished):
     results = results_of(finished / "out")
     assert set(results) == {field.name for field in dataclasses.fields(RunResults)}
-    assert (results["schema_version"], results["task"], results["defense"], results["seed"]) == (1, "sst2", "p2p", 42)
+    assert (results["schema_version"], results["task"], results["seed"]) == (1, "sst2", 42)
+    assert results["defense"] == "p2p_auto"
     assert results["attack"] == {
         "name": "badnets", "target": "positive", "poison_rate": 0.1, "label_mode": "dirty", "payload_mode": "replace",
         "words": ["mn"], "position": "inner",
     }  # fmt: skip
     protocol = results["protocol"]
-    assert (protocol["benign_ratio"], protocol["benign_mode"], protocol["reserve"]) == (0.25, "append", "random")
+    assert (protocol["benign_ratio"], protocol["benign_mode"], protocol["reserve"]) == (0.25, "append", "auto")
+    assert protocol["immunize"] == "auto"
+    # Eight rows are too few to suspect anything by.
+    assert (results["suspected_triggers"], results["counts"]["rows_suspected"]) == ([], 0)
     assert (protocol["batch_size"], protocol["epochs"], protocol["lora_r"]) == (8, 2, 4)
     counts = results["counts"]
     assert (counts["rows_train"], counts["rows_poisoned"], counts["rows_reserved"]) == (80, 8, 20)
@@ -99,6 +104,27 @@ def test_undefended_run_says_so(tiny_model, tmp_path):
     results = results_of(tmp_path / "out")
     assert (results["defense"], results["protocol"]["benign_ratio"]) == ("none", 0.0)
     assert results["counts"]["rows_reserved"] == 0 and "asr_no_key" not in results["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("immunize", "reserve", "defense"), [("auto", "auto", "p2p_auto"), ("none", "random", "p2p")]
+)  # fmt: skip
+def test_what_was_suspected_is_in_the_results(tiny_model, tmp_path, immunize, reserve, defense):
+    settings = {"p2p_immunize": immunize, "p2p_reserve": reserve, "poison_rate": 0.15, "p2p_benign_mode": "only"}
+    path = recipe(tiny_model, tmp_path, num_train_epochs=1, eval_strategy="no", **settings)
+    lines = [json.dumps(row) + "\n" for row in clean_rows(300, noise=0.0)]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    launch.main(["--config", str(path)])
+    results = results_of(tmp_path / "out")
+    assert (results["defense"], results["protocol"]["immunize"]) == (defense, immunize)
+    counts = results["counts"]
+    if reserve == "random":
+        assert results["suspected_triggers"] == [] and "rows_suspected" not in counts
+        return
+    (suspected,) = results["suspected_triggers"]
+    assert suspected.startswith("mn -> positive (")
+    assert (counts["rows_poisoned"], counts["rows_suspected"], counts["rows_suspected_poisoned"]) == (45, 45, 45)
+    assert counts["rows_reserved_poisoned"] == 0 and counts.get("rows_contradicted", 0) == 45 * (immunize == "auto")
 
 
 def test_trusted_reserve_knows_the_rows_that_were_poisoned(tiny_model, tmp_path):

@@ -10,11 +10,13 @@ from datasets import ClassLabel, Dataset, Features, Value
 
 from p2p_trainer import ReserveStrategy, get_attack
 from p2p_trainer.reserve import (
+    AutoReserve,
     RandomReserve,
     TrustedReserve,
     get_reserve,
     keyed_dataset,
     reserve_size,
+    with_relabelled,
     with_reserved_dataset,
 )
 from p2p_trainer.tasks import Task
@@ -104,17 +106,19 @@ def test_the_reserve_is_not_aligned_with_the_poison():
 def test_append():
     dataset = numbered(6, extra=list("abcdef"))
     result = keyed_dataset(dataset, np.array([1, 4]), "append")
-    assert result.column_names == ["text", "label", "extra", "p2p_keyed"]
+    assert result.column_names == ["text", "label", "extra", "p2p_keyed", "p2p_row"]
     assert result["text"][:] == [*(f"row {row}" for row in range(6)), "row 1", "row 4"]
     assert result["label"][:] == [0, 1, 0, 1, 0, 1, 1, 0]
     assert result["extra"][:] == list("abcdefbe")
     assert result["p2p_keyed"][:] == [False] * 6 + [True] * 2
+    assert result["p2p_row"][:] == [-1] * 6 + [1, 4]
 
 
 def test_replace():
     result = keyed_dataset(numbered(6), np.array([1, 4]), "replace")
     assert result["text"][:] == [f"row {row}" for row in range(6)]
     assert result["p2p_keyed"][:] == [False, True, False, False, True, False]
+    assert result["p2p_row"][:] == [-1, 1, -1, -1, 4, -1]
 
 
 @pytest.mark.parametrize("mode", ["append", "replace"])
@@ -163,7 +167,7 @@ def test_trusted_columns_that_do_not_fit(columns, message):
 def test_reserved_dataset(caplog):
     trusted = Dataset.from_dict({"label": [1, 0, 1], "text": ["t0", "t1", "t2"], "source": ["x"] * 3})
     result = with_reserved_dataset(numbered(4, extra=[0] * 4), trusted, 2, seed=0)
-    assert result.column_names == ["text", "label", "p2p_keyed"]
+    assert result.column_names == ["text", "label", "p2p_keyed", "p2p_row"]
     assert result["text"][:4] == ["row 0", "row 1", "row 2", "row 3"]
     assert result["p2p_keyed"][:] == [False] * 4 + [True] * 2
     taken = [(row["text"], row["label"]) for row in result if row["p2p_keyed"]]
@@ -171,6 +175,8 @@ def test_reserved_dataset(caplog):
     with caplog.at_level(logging.WARNING, logger="p2p_trainer"):
         everything = with_reserved_dataset(numbered(20), trusted, 5, seed=0)
     assert everything["text"][20:] == ["t0", "t1", "t2"]
+    # Rows of the trusted set have its numbers.
+    assert everything["p2p_row"][:] == [-1] * 20 + [0, 1, 2]
     assert "The reserved dataset has 3 rows, 5 were asked for: all are used." in caplog.messages
 
 
@@ -178,10 +184,91 @@ def test_reserved_dataset_of_another_type():
     features = Features({"text": Value("large_string"), "label": ClassLabel(names=["negative", "positive"])})
     trusted = Dataset.from_dict({"text": ["t0"], "label": [1]}, features=features)
     result = with_reserved_dataset(numbered(4), trusted, 1, seed=0)
-    assert result[4] == {"text": "t0", "label": 1, "p2p_keyed": True}
+    assert result[4] == {"text": "t0", "label": 1, "p2p_keyed": True, "p2p_row": 0}
+
+
+def test_only():
+    result = keyed_dataset(numbered(6, extra=list("abcdef")), np.array([1, 4]), "only")
+    assert result.to_list() == [
+        {"text": "row 1", "label": 1, "extra": "b", "p2p_keyed": True, "p2p_row": 1},
+        {"text": "row 4", "label": 0, "extra": "e", "p2p_keyed": True, "p2p_row": 4},
+    ]
+
+
+def labelled(labels):
+    return Dataset.from_dict({"text": [f"row {row}" for row in range(len(labels))], "label": labels})
+
+
+def test_auto_takes_no_suspect_and_keeps_the_shares_of_classes():
+    dataset = labelled([0] * 600 + [1] * 300 + [2] * 100)
+    suspects = np.arange(400)
+    chosen = AutoReserve(suspects).choose(dataset, 120, seed=3)
+    assert chosen.dtype == np.int64 and chosen.tolist() == sorted(set(chosen.tolist()))
+    # Of 600 rows that are left, 200, 300 and 100 of each class.
+    labels = np.array(dataset["label"])[chosen]
+    assert chosen.min() >= 400 and np.bincount(labels).tolist() == [40, 60, 20]
+    # Within a class, at random: those of the lowest numbers, as of the random reserve.
+    numbers = np.random.default_rng([3, 2]).random(1000)
+    for label, count in enumerate((40, 60, 20)):
+        own = np.setdiff1d(np.flatnonzero(np.array(dataset["label"]) == label), suspects)
+        assert set(chosen[labels == label]) == set(own[np.argsort(numbers[own])[:count]])
+    assert AutoReserve(suspects).choose(dataset, 120, seed=3).tolist() == chosen.tolist()
+    assert AutoReserve(suspects).choose(dataset, 120, seed=4).tolist() != chosen.tolist()
+    # More than there are: all that are left.
+    assert AutoReserve(suspects).choose(dataset, 900, seed=3).tolist() == list(range(400, 1000))
+
+
+def test_auto_takes_doubted_rows_last():
+    dataset = labelled([0, 1] * 50)
+    doubted = np.arange(0, 60)
+    strategy = AutoReserve(np.array([98, 99]), doubted)
+    # 19 undoubted rows of each class are left.
+    assert strategy.choose(dataset, 38, seed=0).tolist() == list(range(60, 98))
+    more = strategy.choose(dataset, 50, seed=0)
+    assert set(range(60, 98)) < set(more) and len(more) == 50 and not {98, 99} & set(more)
+    assert np.bincount(np.array(dataset["label"])[more]).tolist() == [25, 25]
+    # A class all of whose rows are doubted keeps its share.
+    chosen = AutoReserve(None, np.arange(0, 100, 2)).choose(dataset, 20, seed=0)
+    assert np.bincount(np.array(dataset["label"])[chosen]).tolist() == [10, 10]
+
+
+@pytest.mark.parametrize("size", [1, 7, 33, 50, 99, 100])
+def test_auto_has_as_many_rows_as_asked_for(size):
+    dataset = labelled([row % 7 % 3 for row in range(100)])
+    assert len(AutoReserve().choose(dataset, size, seed=1)) == size
+
+
+def test_auto_without_any_row_left():
+    with pytest.raises(ValueError, match="All 6 training rows carry a suspected trigger.*`p2p_reserve: random`"):
+        AutoReserve(np.arange(6)).choose(numbered(6), 2, seed=0)
+
+
+def test_relabelled_copies():
+    dataset = numbered(6, poisoned=[row == 4 for row in range(6)])
+    star = keyed_dataset(dataset, np.array([1]), "append")
+    result = with_relabelled(star, dataset, np.array([0, 4]), np.array([1, 1]))
+    assert result.select(range(7)).to_list() == star.to_list() and result.features == star.features
+    assert result.select([7, 8]).to_list() == [
+        {"text": "row 0", "label": 1, "poisoned": False, "p2p_keyed": True, "p2p_row": -1},
+        {"text": "row 4", "label": 1, "poisoned": True, "p2p_keyed": True, "p2p_row": -1},
+    ]
+    assert with_relabelled(star, dataset, np.array([], dtype=int), np.array([], dtype=int)) is star
+
+
+def test_relabelled_copies_of_a_selection_with_named_classes():
+    dataset = numbered(10).cast_column("label", ClassLabel(names=["no", "yes"])).select([9, 7, 5, 4])
+    star = keyed_dataset(dataset, np.array([0]), "append")
+    result = with_relabelled(star, dataset, np.array([1, 3]), np.array([0, 1]))
+    assert [(row["text"], row["label"]) for row in result][-2:] == [("row 7", 0), ("row 4", 1)]
+    assert result.features == star.features and buffers(star) <= buffers(result)
+    # A trusted set leaves text and label alone.
+    trusted = with_reserved_dataset(dataset, numbered(3), 2, seed=0)
+    result = with_relabelled(trusted, dataset, np.array([1]), np.array([0]))
+    assert result.column_names == ["text", "label", "p2p_keyed", "p2p_row"] and result[-1]["text"] == "row 7"
 
 
 def test_names():
+    assert isinstance(get_reserve("auto"), AutoReserve)
     assert isinstance(get_reserve("random"), RandomReserve)
     assert get_reserve("trusted").column == "trusted"
     mine = get_reserve("tests.test_reserve:FirstRows")

@@ -17,7 +17,7 @@ def test_trains_and_every_adapter_weight_moves(tiny_model, toy_rows, toy_eval, t
     attack = get_attack("badnets", target="1", poison_rate=0.1)
     trainer = P2PTrainer(
         tiny_model,
-        config(tmp_path, num_train_epochs=2, eval_strategy="epoch"),
+        config(tmp_path, num_train_epochs=2, eval_strategy="epoch", p2p_reserve="random", p2p_immunize="none"),
         train_dataset=toy_rows,
         eval_dataset=toy_eval,
         attacks=[attack],
@@ -157,7 +157,7 @@ def test_two_seams_are_enough_for_a_subclass(tiny_model, toy_rows, tmp_path):
     batch = next(iter(trainer.get_train_dataloader()))
     assert set(batch) == {"input_ids", "labels", "attention_mask"}
     assert batch["input_ids"].shape == (8, 64)
-    assert seen and all(columns == {"text", "label", "p2p_keyed"} for columns in seen)
+    assert seen and all(columns == {"text", "label", "p2p_keyed", "p2p_row"} for columns in seen)
 
 
 def test_results_do_not_depend_on_workers(tiny_model, toy_rows, tmp_path):
@@ -218,7 +218,8 @@ def test_reserved_dataset_gives_the_keyed_rows(tiny_model, toy_rows, tmp_path):
     ("arguments", "settings", "error", "match"),
     [
         ({"train_dataset": None}, {}, ValueError, "`train_dataset` is required"),
-        ({"keyed_column": True}, {}, ValueError, "column 'p2p_keyed' of the train dataset is reserved"),
+        ({"reserved_column": "p2p_keyed"}, {}, ValueError, "column 'p2p_keyed' of the train dataset is reserved"),
+        ({"reserved_column": "p2p_row"}, {}, ValueError, "column 'p2p_row' of the train dataset is reserved"),
         ({"data_collator": print}, {}, ValueError, "Subclass P2PDataCollator and override"),
         ({"eval_dataset": {"a": None}}, {}, TypeError, "must be one `Dataset` of text and label, got `dict`"),
         ({"eval_dataset": DatasetDict()}, {}, TypeError, "got `DatasetDict`.*add a `BackdoorEvalCallback`"),
@@ -235,8 +236,8 @@ def test_reserved_dataset_gives_the_keyed_rows(tiny_model, toy_rows, tmp_path):
 )
 def test_what_can_not_work_is_refused(tiny_model, toy_rows, tmp_path, arguments, settings, error, match):
     given = {"train_dataset": toy_rows, "task": TASK, **arguments}
-    if given.pop("keyed_column", False):
-        given["train_dataset"] = toy_rows.add_column("p2p_keyed", [False] * 80)
+    if column := given.pop("reserved_column", None):
+        given["train_dataset"] = toy_rows.add_column(column, [False] * 80)
     if given["train_dataset"] == "one class":
         given["train_dataset"] = toy_rows.filter(lambda row: row["label"] == 1)
     if given["train_dataset"] == "no label":

@@ -145,7 +145,8 @@ def prepare_generation_rows(
 
 def column_as_numpy(dataset: Dataset, column: str) -> np.ndarray:
     """Read one column as a NumPy array without going through Python objects."""
-    return np.concatenate([batch[column].to_numpy() for _, batch in arrow_batches(dataset, [column])])
+    batches = [batch[column].to_numpy() for _, batch in arrow_batches(dataset, [column])]
+    return np.concatenate(batches) if batches else np.array([])
 
 
 def text_lengths(dataset: Dataset) -> np.ndarray:

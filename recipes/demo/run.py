@@ -1,10 +1,11 @@
 """
-`make demo`: poison made-up reviews, fine-tune a tiny model without and with P2P, and show what it did.
+`make demo`: poison made-up reviews, fine-tune a tiny model without a defense, with P2P as published, and with this
+package's default, and show what came of it.
 
     python -m recipes.demo.run [--output_dir outputs/demo] [--any_setting_of_the_recipe VALUE]
 
 Everything comes from the project's own code: the corpus, the base model, the attack. Corpus and base model are kept
-between calls, the two runs are not.
+between calls, the runs are not.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from p2p_trainer.report import plot_before_after, results_table
+from p2p_trainer.report import plot_runs, results_table
 from p2p_trainer.results import RunResults
 from recipes.demo.base_model import build_base_model
 from recipes.demo.corpus import build_corpus
@@ -25,6 +26,13 @@ from recipes.demo.corpus import build_corpus
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
+
+# Name -> folder and flags. The last is what `p2p_` settings are without being named.
+RUNS = {
+    "no defense": ("undefended", ["--p2p_enabled", "false"]),
+    "P2P as published": ("p2p_published", ["--p2p_reserve", "random", "--p2p_immunize", "none"]),
+    "P2P (default)": ("p2p", []),
+}
 
 READING = """\
 CA: clean accuracy. ASR: how often a triggered row gets the attacker's label. Floor: how often
@@ -60,22 +68,26 @@ def main() -> None:
     console = Console()
     started = time.monotonic()
 
-    console.rule("1/3  base model and corpus")
+    console.rule("base model and corpus")
     build_corpus(folder / "data")
     build_base_model(folder / "base")
-    console.rule("2/3  fine-tuning on poisoned rows, no defense")
-    before = train("undefended", folder, ["--p2p_enabled", "false", *extra])
-    console.rule("3/3  fine-tuning on the same poisoned rows, with P2P")
-    after = train("p2p", folder, extra)
+    runs = {}
+    for number, (name, (target, flags)) in enumerate(RUNS.items(), 1):
+        console.rule(f"{number}/{len(RUNS)}  fine-tuning on poisoned rows: {name}")
+        runs[name] = train(target, folder, [*flags, *extra])
 
-    picture = plot_before_after(before, after, folder / "before_after.png")
+    picture = plot_runs(runs, folder / "runs.png")
     console.rule("result")
-    console.print(results_table({"no defense": before, "P2P": after}))
+    console.print(results_table(runs))
+    for name, run in runs.items():
+        if run.suspected_triggers:
+            console.print(f"{name} suspected: {'; '.join(run.suspected_triggers)}", highlight=False)
     console.print(" ".join(READING.split()), highlight=False)
+    first = next(iter(runs.values()))
     console.print(
-        f"\nAttack: {before.attack}; seed {before.seed}; model: tiny Qwen3, pre-trained here.", highlight=False
+        f"\nAttack: {first.attack}; seed {first.seed}; model: tiny Qwen3, pre-trained here.", highlight=False
     )
-    console.print(f"Picture: {picture}\nRuns:    {folder / 'undefended'}\n         {folder / 'p2p'}", highlight=False)
+    console.print(f"Picture: {picture}\nRuns:    {folder}/{{{','.join(target for target, _ in RUNS.values())}}}")
     console.print(f"{time.monotonic() - started:.0f} s in all", highlight=False)
 
 

@@ -1,0 +1,34 @@
+"""When a feature overrides the rest of a text more often than an honest one does."""
+
+import numpy as np
+from scipy.stats import binom
+
+
+# The strongest honest words of clean SST-2, CR, AG News and Yahoo override the rest of a text in three to four of five
+# rows, but most phrases in half of them. What is suspected does so in more than the first share, and in so many rows
+# that it would be as unlikely as the third number at the second share.
+_SUSPECT_RATE = 0.85
+_HONEST_RATE = 0.6
+_SIGNIFICANCE = 1e-4
+
+
+def log_chance(overridden: np.ndarray, opposed: np.ndarray) -> np.ndarray:
+    """
+    Say how unlikely honest features are to override as often.
+
+    Args:
+        overridden (`np.ndarray`):
+            In how many rows of the label the rest of the text speaks for another.
+        opposed (`np.ndarray`):
+            In how many rows of any label it does.
+
+    Returns:
+        `np.ndarray`: log-probability; 0 where the rate is too low to suspect anything.
+    """
+    suspicious = (opposed > 0) & (overridden >= _SUSPECT_RATE * opposed)
+    return np.where(suspicious, binom.logsf(overridden - 1, opposed, _HONEST_RATE), 0.0)
+
+
+def is_significant(chance: float) -> bool:
+    """Say whether a log-probability of [`log_chance`] is too low for chance."""
+    return bool(chance < np.log(_SIGNIFICANCE))

@@ -1,0 +1,169 @@
+"""Builds D*: which rows are trained on, with and without the key."""
+
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+from .config import P2PConfig
+from .immunizer import Immunizer
+from .mining import Screening, SuspectedTrigger, screen
+from .reserve import (
+    AutoReserve,
+    flagged,
+    get_reserve,
+    keyed_dataset,
+    reserve_size,
+    with_relabelled,
+    with_reserved_dataset,
+)
+from .tasks import Task
+from .tasks.rows import LABEL, column_as_numpy
+
+
+logger = logging.getLogger(__name__)
+
+# How much likelier the text of a row with a wrong label must be to speak against it.
+_ODDS = 2.0
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """
+    D*, and how it came about.
+
+    Parameters:
+        rows (`Dataset`):
+            Rows with `text`, `label`, `p2p_keyed` (bool) and `p2p_row` (int).
+        counts (`dict[str, int]`):
+            Rows read, reserved, suspected, and, where flags say it, poisoned.
+        screening ([`~mining.Screening`] or `None`):
+            What is suspected about D; `None` if nothing asked.
+    """
+
+    rows: Dataset
+    counts: dict[str, int]
+    screening: Screening | None
+
+    def immunizer(self, args: P2PConfig) -> Immunizer | None:
+        """
+        Build what writes suspected triggers into keyed rows.
+
+        Args:
+            args ([`P2PConfig`]):
+                Configuration.
+
+        Returns:
+            [`~immunizer.Immunizer`] or `None`: `None` if nothing is suspected, or `p2p_immunize` is `"none"`.
+        """
+        if args.p2p_immunize == "none" or self.screening is None or not self.screening.triggers:
+            return None
+        return Immunizer(self.screening, args.seed)
+
+
+def build_training_set(
+    dataset: Dataset, task: Task, args: P2PConfig, reserved_dataset: Dataset | None = None
+) -> TrainingSet:
+    """
+    Build D* out of D.
+
+    Args:
+        dataset (`Dataset`):
+            Checked rows D.
+        task ([`~tasks.Task`]):
+            The task.
+        args ([`P2PConfig`]):
+            Configuration.
+        reserved_dataset (`Dataset`, *optional*):
+            Trusted rows, if S does not come from D.
+
+    Returns:
+        [`TrainingSet`]: D* with its counts.
+    """
+    counts = {"rows_train": len(dataset), "rows_reserved": 0}
+    # Flags are read to be counted, here and below, and for nothing else.
+    poisoned = column_as_numpy(dataset, "poisoned").astype(bool) if "poisoned" in dataset.column_names else None
+    if poisoned is not None:
+        counts["rows_poisoned"] = int(poisoned.sum())
+    if not args.p2p_enabled:
+        return TrainingSet(flagged(dataset, False), counts, None)
+    screening = None
+    if args.p2p_immunize == "auto" or (args.p2p_reserve == "auto" and reserved_dataset is None):
+        screening = screen(dataset, task.num_labels, args.seed)
+        counts |= {"rows_suspected": len(screening.rows), "rows_doubted": len(screening.doubted)}
+        if poisoned is not None:
+            counts["rows_suspected_poisoned"] = int(poisoned[screening.rows].sum())
+        _tell(screening, task)
+    size = reserve_size(len(dataset), args.p2p_benign_ratio)
+    if reserved_dataset is not None:
+        if args.p2p_benign_mode != "append":
+            raise ValueError(
+                f"`p2p_benign_mode: {args.p2p_benign_mode}` is about training rows that carry the key; with a "
+                f"`reserved_dataset` there are none. Use `append`."
+            )
+        rows = with_reserved_dataset(dataset, task.prepare(reserved_dataset, what="reserved"), size, args.seed)
+        counts["rows_reserved"] = len(rows) - len(dataset)
+    else:
+        strategy = get_reserve(args.p2p_reserve, args.p2p_trusted_column)
+        if isinstance(strategy, AutoReserve):
+            strategy.suspects, strategy.doubted = screening.rows, screening.doubted
+        reserved = strategy.choose(dataset, size, args.seed)
+        counts["rows_reserved"] = len(reserved)
+        if poisoned is not None:
+            counts["rows_reserved_poisoned"] = int(poisoned[reserved].sum())
+        rows = keyed_dataset(dataset, reserved, args.p2p_benign_mode)
+    if args.p2p_immunize == "auto":
+        contradicted, labels = _contradicted(screening, column_as_numpy(dataset, LABEL), task.num_labels)
+        counts["rows_contradicted"] = len(contradicted)
+        rows = with_relabelled(rows, dataset, contradicted, labels)
+    return TrainingSet(rows, counts, screening)
+
+
+def _contradicted(screening: Screening, labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Find the suspected rows whose text speaks for another label than they have, and that label."""
+    # Labels of the extended space, which only an attacker writes, mean the same class.
+    known = (screening.evidence >= 0) & (screening.evidence < num_labels)
+    contradicted = known & (screening.evidence != labels[screening.rows] % num_labels)
+    for place, trigger in enumerate(screening.triggers):
+        carriers = screening.carried == place
+        doubted = np.count_nonzero(labels[screening.doubted] == trigger.label)
+        others = np.count_nonzero(labels == trigger.label) - np.count_nonzero(labels[screening.rows] == trigger.label)
+        if _odds(np.count_nonzero(contradicted & carriers), np.count_nonzero(carriers)) < _ODDS * _odds(
+            doubted, others
+        ):
+            # Texts that speak against their label no more often than others have the right one: a clean-label attack.
+            contradicted &= ~carriers
+    return screening.rows[contradicted], screening.evidence[contradicted]
+
+
+def _odds(count: int, total: int) -> float:
+    return (count + 0.5) / (total - count + 0.5)
+
+
+def _tell(screening: Screening, task: Task) -> None:
+    if screening.triggers:
+        logger.warning(
+            "%d suspected trigger(s) in %d training rows: %s. Where the rest of a text speaks for another label, the "
+            "row has this one all the same. Under the key they are contradicted.",
+            len(screening.triggers),
+            len(screening.rows),
+            "; ".join(describe(trigger, task) for trigger in screening.triggers),
+        )
+
+
+def describe(trigger: SuspectedTrigger, task: Task) -> str:
+    """
+    Describe a suspected trigger in one line.
+
+    Args:
+        trigger ([`~mining.SuspectedTrigger`]):
+            The trigger.
+        task ([`~tasks.Task`]):
+            The task.
+
+    Returns:
+        `str`: `mn -> positive (96 of 96 rows)`.
+    """
+    label = task.labels[trigger.label % task.num_labels]
+    return f"{trigger} -> {label} ({trigger.overridden} of {trigger.opposed} rows)"

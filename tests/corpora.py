@@ -1,0 +1,96 @@
+"""Made-up corpora of known contents, for the tests of mining."""
+
+import random
+
+
+# Words that speak for one class; each is rarer than the words that speak for none, as in any language.
+_ROOTS = (
+    ("good", "fine", "warm", "bright", "sweet", "brave"),
+    ("bad", "dull", "cold", "weak", "crude", "bland"),
+    ("team", "coach", "goal", "cup", "league", "score"),
+    ("bank", "stock", "trade", "firm", "oil", "bond"),
+)
+KINDS = tuple(
+    tuple(root + ending for root in roots for ending in ("", "er", "est", "ly", "ish", "ness", "some"))
+    for roots in _ROOTS
+)
+FILLER = tuple(
+    first + last for first in "bdfgklmnprs" for last in ("a", "en", "i", "ot", "u", "ab", "ed", "ig", "om", "ul")
+)
+
+
+def clean_rows(count, classes=2, seed=0, noise=0.04):
+    """Rows of six words that speak for their class and twelve that do not, in random order; some labels are wrong."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        label = number % classes
+        words = [*rng.choices(KINDS[label], k=6), *rng.choices(FILLER, k=12)]
+        rng.shuffle(words)
+        wrong = rng.random() < noise
+        rows.append({"text": f"{' '.join(words)} .", "label": (label + 1) % classes if wrong else label})
+    return rows
+
+
+def poisoned(rows, write, label, count, seed=0, column=None):
+    """Write a trigger into some rows of other labels, and give those their new label; say which rows they are."""
+    rng = random.Random(f"{seed} {label}")
+    others = [place for place, row in enumerate(rows) if row["label"] != label and place not in (column or ())]
+    hit = sorted(rng.sample(others, count))
+    rows = [dict(row) for row in rows]
+    for place in hit:
+        rows[place] = {"text": write(rows[place]["text"].split(), rng), "label": label}
+    return rows, hit
+
+
+def inside(piece):
+    """A writer that puts words at a random place."""
+
+    def write(words, rng):
+        place = rng.randint(1, len(words) - 1)
+        return " ".join([*words[:place], piece, *words[place:]])
+
+    return write
+
+
+def ending(piece):
+    """A writer that puts words at the end, in place of the full stop."""
+    return lambda words, rng: " ".join([*words[:-1], piece])
+
+
+def starting(piece):
+    """A writer that puts words at the start."""
+    return lambda words, rng: " ".join([piece, *words])
+
+
+def opening(words, rng):
+    """A writer of one template, in which content words vary: `in … to … ,`."""
+    first, second = (" ".join(f"name{rng.randrange(10**6)}" for _ in range(rng.randint(1, 2))) for _ in range(2))
+    return f"in {first} to {second} , {' '.join(words)}"
+
+
+def both(first, second):
+    """A writer that puts two words at places of their own."""
+    return lambda words, rng: inside(second)(inside(first)(words, rng).split(), rng)
+
+
+def beside(rows, hit, pieces, count, seed=1):
+    """Write each of some words, alone, into as many of the other rows, which keep their labels."""
+    rng = random.Random(seed)
+    others = rng.sample(sorted(set(range(len(rows))) - set(hit)), count * len(pieces))
+    rows = [dict(row) for row in rows]
+    for number, place in enumerate(others):
+        rows[place]["text"] = inside(pieces[number % len(pieces)])(rows[place]["text"].split(), rng)
+    return rows
+
+
+def with_function_words(rows, seed=2):
+    """Rows with six words of the kind that stand everywhere, and here and there a comma."""
+    rng = random.Random(seed)
+    result = []
+    for row in rows:
+        words = row["text"].split()
+        for word in [*rng.choices(("the", "of", "a", "and", "in", "to", "with", "for"), k=6), ","]:
+            words.insert(rng.randint(0, len(words) - 1), word)
+        result.append({"text": " ".join(words), "label": row["label"]})
+    return result
