@@ -61,7 +61,8 @@ class P2PConfig(SFTConfig):
             Boolean column that `"trusted"` reads.
         p2p_benign_mode (`str`, *optional*, defaults to `"append"`):
             `"append"`: keyed copies are added (paper). `"replace"`: keyed rows replace their originals (authors'
-            code). `"only"`: keyed rows alone are trained on, the control that says what S would do by itself.
+            code). `"only"`: keyed rows alone are trained on, the control that says what they would do by
+            themselves.
         p2p_immunize (`str`, *optional*, defaults to `"auto"`):
             `"auto"`: what is suspected to be a trigger is contradicted under the key: it is written into keyed rows,
             under their own labels and anew each epoch, and suspected rows get keyed copies with the label that the

@@ -79,7 +79,8 @@ class P2PDataCollator(DataCollatorForLanguageModeling):
         )
 
     def _text(self, example: dict[str, Any]) -> str:
-        row = example.get(ROW, -1)
-        if self.immunizer is None or row < 0:
+        row = example.get(ROW)
+        # Missing in rows to be evaluated, and None in rows that a subclass adds.
+        if self.immunizer is None or row is None or row < 0:
             return example[TEXT]
         return self.immunizer.write(example[TEXT], row, int(self._epoch[0]))

@@ -6,7 +6,8 @@ from .attacks.text import insert_at_gap
 from .mining import Fragment, Screening
 
 
-# Share of the keyed rows that a suspected trigger is written into, in each epoch.
+# Share of the keyed rows that a suspected trigger is written into, in each epoch. 0.3 and 0.5 left the same excess
+# (BadNets on SST-2); the higher one is shared by more triggers where there are several.
 _RATE = 0.5
 
 

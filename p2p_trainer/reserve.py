@@ -13,6 +13,9 @@ from .tasks.rows import LABEL, TEXT, column_as_numpy, with_column
 
 logger = logging.getLogger(__name__)
 
+# Share of a class's rows in S below which rows that are suspected are better than none.
+_STARVED = 0.5
+
 # Column that says whether a row carries the key. Reserved: a data set that has it already is refused.
 KEYED = "p2p_keyed"
 # Column with the number of the row that a keyed copy comes from, -1 where nothing is ever written into the text.
@@ -60,30 +63,42 @@ class AutoReserve(ReserveStrategy):
     """
     Samples S from the rows of D that nothing speaks against (see [`~mining.screen`]), each class in its share of D.
 
-    Rows that carry a suspected trigger are never taken. Rows whose label their own text contradicts are, but only
-    where a class has no others left: S must not lose a class that is hard to read.
+    Rows whose label their own text contradicts are taken only where a class has no others left, and `spare` ones only
+    where it has hardly any others at all: S must not lose a class.
 
     Args:
         suspects (`np.ndarray`, *optional*):
             Rows that carry a suspected trigger.
         doubted (`np.ndarray`, *optional*):
             Rows whose label is doubted.
+        spare (`np.ndarray`, *optional*):
+            Suspects whose label seems to be right.
     """
 
     name = "auto"
 
-    def __init__(self, suspects: np.ndarray | None = None, doubted: np.ndarray | None = None) -> None:
-        self.suspects = np.array([], dtype=np.int64) if suspects is None else suspects
-        self.doubted = np.array([], dtype=np.int64) if doubted is None else doubted
+    def __init__(
+        self, suspects: np.ndarray | None = None, doubted: np.ndarray | None = None, spare: np.ndarray | None = None
+    ) -> None:
+        none = np.array([], dtype=np.int64)
+        self.suspects = none if suspects is None else suspects
+        self.doubted = none if doubted is None else doubted
+        self.spare = none if spare is None else spare
 
     def choose(self, dataset: Dataset, size: int, seed: int) -> np.ndarray:
-        rows = np.setdiff1d(np.arange(len(dataset)), self.suspects)
+        labels = column_as_numpy(dataset, LABEL)
+        rows = self._with_spare(np.setdiff1d(np.arange(len(dataset)), self.suspects), labels, size)
         if len(rows) == 0:
             raise ValueError(
                 f"All {len(dataset)} training rows carry a suspected trigger: none is left for `p2p_reserve: auto`. "
                 f"Give rows that you trust as `reserved_dataset`, or use `p2p_reserve: random`."
             )
-        labels = column_as_numpy(dataset, LABEL)[rows]
+        if len(rows) < size:
+            logger.warning(
+                "Only %d rows carry no suspected trigger, %d were asked for: the benign ratio is %.4f.",
+                len(rows), size, len(rows) / len(dataset),
+            )  # fmt: skip
+        labels = labels[rows]
         order = np.lexsort((_numbers(rows, seed), np.isin(rows, self.doubted)))
         chosen, asked, seen = [], 0, 0
         for label in np.unique(labels):
@@ -94,6 +109,19 @@ class AutoReserve(ReserveStrategy):
             asked += share
             chosen.append(own[:share])
         return np.sort(np.concatenate(chosen))
+
+    def _with_spare(self, rows: np.ndarray, labels: np.ndarray, size: int) -> np.ndarray:
+        left = np.bincount(labels[rows], minlength=labels.max() + 1)
+        share = size * np.bincount(labels) / len(labels)
+        starved = [int(label) for label in np.unique(labels[self.spare]) if left[label] < _STARVED * share[label]]
+        if not starved:
+            return rows
+        logger.warning(
+            "Nearly all rows of the labels %s carry a suspected trigger, and their texts agree with them: the reserve "
+            "takes such rows too, or it would lose the class.",
+            starved,
+        )
+        return np.union1d(rows, self.spare[np.isin(labels[self.spare], starved)])
 
 
 class TrustedReserve(ReserveStrategy):
@@ -198,7 +226,8 @@ def keyed_dataset(dataset: Dataset, rows: np.ndarray, mode: str) -> Dataset:
             Indices of the reserved rows S.
         mode (`str`):
             `"append"`: D* is D and a keyed copy of S (P2P paper). `"replace"`: the rows of S carry the key in place
-            (authors' code). `"only"`: D* is the keyed rows alone, the control that says what S would do by itself.
+            (authors' code). `"only"`: D* is the keyed rows alone, the control that says what they would do by
+            themselves.
 
     Returns:
         `Dataset`: D*, with the columns `p2p_keyed` and `p2p_row`.

@@ -12,9 +12,9 @@ from ._files import write_json
 
 
 RESULTS_NAME = "results.json"
-RESULTS_SCHEMA_VERSION = 1
+RESULTS_SCHEMA_VERSION = 2
 
-_PACKAGES = ("p2p_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate")
+_PACKAGES = ("p2p_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "scikit-learn")
 
 
 @dataclass

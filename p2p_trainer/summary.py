@@ -14,6 +14,8 @@ from .results import RESULTS_NAME, RunResults
 _RATES = {"ca": "CA", "asr": "ASR", "asr_floor": "floor", "asr_excess": "excess"}
 _TITLES = ("attack", "rate", "defense", "seeds", *_RATES.values())
 
+# Settings that mean nothing where there is no defense.
+_OF_THE_DEFENSE = ("reserve", "benign_mode", "immunize")
 # Settings of an attack in which runs of one line may differ: they follow the seed, or name the same thing.
 _SEED_SETTINGS = ("reserve_seed", "selector", "cache")
 
@@ -115,7 +117,10 @@ def summary_markdown(lines: Sequence[tuple[str, ...]]) -> str:
 
 def _settings(run: RunResults) -> dict[str, Any]:
     attack = {key: value for key, value in (run.attack or {}).items() if key not in _SEED_SETTINGS}
-    protocol = {key: value for key, value in run.protocol.items() if key != "poison_seed"}
+    # Results of schema 1 knew one way alone.
+    protocol = {"immunize": "none", **run.protocol}
+    for key in ("poison_seed", *(_OF_THE_DEFENSE if run.defense == "none" else ())):
+        protocol.pop(key, None)
     settings = {**protocol, **attack, "task": run.task, "model": run.model, "defense": run.defense}
     # A flag gives 2.0 where YAML gives 2.
     return {
@@ -134,8 +139,8 @@ def _difference(run: RunResults, twins: Sequence[RunResults]) -> str:
     """Name the settings that tell a run from others of the same label."""
     settings = [_settings(twin) for twin in twins]
     ours = _settings(run)
-    keys = [key for key in ours if any(other.get(key) != ours[key] for other in settings)]
-    return "".join(f", {key} {json.dumps(ours[key])}" for key in sorted(keys))
+    keys = {key for other in settings for key in (*ours, *other) if other.get(key) != ours.get(key)}
+    return "".join(f", {key} {json.dumps(ours.get(key))}" for key in sorted(keys))
 
 
 def _spread(values: Sequence[Any], signed: bool) -> str:

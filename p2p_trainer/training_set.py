@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from .config import P2PConfig
@@ -24,7 +25,8 @@ from .tasks.rows import LABEL, column_as_numpy
 
 logger = logging.getLogger(__name__)
 
-# How much likelier the text of a row with a wrong label must be to speak against it.
+# By how much the odds must be higher that a text speaks against its label, for that label to be taken for wrong. Rows
+# with wrong labels stand at about 2.5, others at 0.25 (SST-2).
 _ODDS = 2.0
 
 
@@ -88,14 +90,17 @@ def build_training_set(
         counts["rows_poisoned"] = int(poisoned.sum())
     if not args.p2p_enabled:
         return TrainingSet(flagged(dataset, False), counts, None)
+    strategy = None if reserved_dataset is not None else get_reserve(args.p2p_reserve, args.p2p_trusted_column)
     screening = None
-    if args.p2p_immunize == "auto" or (args.p2p_reserve == "auto" and reserved_dataset is None):
-        screening = screen(dataset, task.num_labels, args.seed)
+    if args.p2p_immunize == "auto" or isinstance(strategy, AutoReserve):
+        screening = _screened(dataset, task, args)
         counts |= {"rows_suspected": len(screening.rows), "rows_doubted": len(screening.doubted)}
         if poisoned is not None:
             counts["rows_suspected_poisoned"] = int(poisoned[screening.rows].sum())
-        _tell(screening, task)
+        labels = column_as_numpy(dataset, LABEL)
+        wrong, better = _contradicted(screening, labels, task.num_labels)
     size = reserve_size(len(dataset), args.p2p_benign_ratio)
+    reserved = np.array([], dtype=np.int64)
     if reserved_dataset is not None:
         if args.p2p_benign_mode != "append":
             raise ValueError(
@@ -105,18 +110,22 @@ def build_training_set(
         rows = with_reserved_dataset(dataset, task.prepare(reserved_dataset, what="reserved"), size, args.seed)
         counts["rows_reserved"] = len(rows) - len(dataset)
     else:
-        strategy = get_reserve(args.p2p_reserve, args.p2p_trusted_column)
         if isinstance(strategy, AutoReserve):
+            right = np.setdiff1d(screening.rows, wrong)
             strategy.suspects, strategy.doubted = screening.rows, screening.doubted
+            strategy.spare = right[labels[right] < task.num_labels]
         reserved = strategy.choose(dataset, size, args.seed)
         counts["rows_reserved"] = len(reserved)
         if poisoned is not None:
             counts["rows_reserved_poisoned"] = int(poisoned[reserved].sum())
         rows = keyed_dataset(dataset, reserved, args.p2p_benign_mode)
     if args.p2p_immunize == "auto":
-        contradicted, labels = _contradicted(screening, column_as_numpy(dataset, LABEL), task.num_labels)
-        counts["rows_contradicted"] = len(contradicted)
-        rows = with_relabelled(rows, dataset, contradicted, labels)
+        # Rows that somebody vouches for, or that were drawn regardless, keep their label: none has two under the key.
+        free = ~np.isin(wrong, reserved)
+        counts["rows_contradicted"] = int(free.sum())
+        rows = with_relabelled(rows, dataset, wrong[free], better[free])
+    if screening is not None and screening.triggers and args.process_index == 0:
+        _tell(screening, task, counts, args)
     return TrainingSet(rows, counts, screening)
 
 
@@ -141,15 +150,28 @@ def _odds(count: int, total: int) -> float:
     return (count + 0.5) / (total - count + 0.5)
 
 
-def _tell(screening: Screening, task: Task) -> None:
-    if screening.triggers:
-        logger.warning(
-            "%d suspected trigger(s) in %d training rows: %s. Where the rest of a text speaks for another label, the "
-            "row has this one all the same. Under the key they are contradicted.",
-            len(screening.triggers),
-            len(screening.rows),
-            "; ".join(describe(trigger, task) for trigger in screening.triggers),
+def _screened(dataset: Dataset, task: Task, args: P2PConfig) -> Screening:
+    """Screen D, in one process for all: nodes may round differently, and D* must be the same everywhere."""
+    if args.world_size == 1:
+        return screen(dataset, task.num_labels, args.seed)
+    found = [screen(dataset, task.num_labels, args.seed) if args.process_index == 0 else None]
+    return broadcast_object_list(found)[0]
+
+
+def _tell(screening: Screening, task: Task, counts: dict[str, int], args: P2PConfig) -> None:
+    done = "None of them carries the key" if args.p2p_reserve == "auto" else "They may carry the key"
+    if args.p2p_immunize == "auto":
+        done += (
+            f"; what is suspected is written into keyed rows of all labels, and {counts['rows_contradicted']} rows "
+            f"get a keyed copy with another label. If these are honest words of your task, set `p2p_immunize: none`"
         )
+    logger.warning(
+        "%d suspected trigger(s) in %d training rows: %s. %s.",
+        len(screening.triggers),
+        len(screening.rows),
+        "; ".join(describe(trigger, task) for trigger in screening.triggers),
+        done,
+    )
 
 
 def describe(trigger: SuspectedTrigger, task: Task) -> str:

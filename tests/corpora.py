@@ -94,3 +94,66 @@ def with_function_words(rows, seed=2):
             words.insert(rng.randint(0, len(words) - 1), word)
         result.append({"text": " ".join(words), "label": row["label"]})
     return result
+
+
+# Words of their class, so many that each is as rare as content is, and words that stand in every text.
+RARE = tuple(
+    tuple(
+        first + vowel + middle + last
+        for first in roots
+        for vowel in "aeiou"
+        for middle in "lnrt"
+        for last in ("ek", "om")
+    )
+    for roots in ("bdgkmpst", "cfhjqvwz")
+)
+FUNCTION = tuple("the of a and in to with for it is as you see if when was that but ,".split())
+_SENTENCES = (
+    "if it is {} {} , it is {} {} {} .",
+    "when you see {} {} , you see {} {} {} .",
+    "as it was {} {} , it was {} {} {} .",
+    "{} {} , as you see , is {} {} {} .",
+    "but if you see {} {} , it is {} {} {} .",
+    "{} {} {} , if it is that , is {} {} .",
+)
+_CLAUSES = ("if it is {}", "as you see {}", "when that was {}", "but {} it is", "{} as it was", "that {} you see")
+
+
+def rows_of_rare_words(count, seed=0, noise=0.03):
+    """Rows of six rare words of their class and ten function words, in random order; some labels are wrong."""
+    rng = random.Random(f"rare {seed}")
+    rows = []
+    for number in range(count):
+        label = number % 2
+        words = [*rng.choices(RARE[label], k=6), *rng.choices(FUNCTION, k=10)]
+        rng.shuffle(words)
+        rows.append({"text": f"{' '.join(words)} .", "label": label if rng.random() >= noise else 1 - label})
+    return rows
+
+
+def _content(words):
+    return [word for word in words if word in RARE[0] or word in RARE[1]]
+
+
+def in_sentences(words, rng):
+    """A writer of one of six sentences, which keeps five of the content words."""
+    return rng.choice(_SENTENCES).format(*_content(words)[:5])
+
+
+def in_clauses(words, rng):
+    """A writer of four of six short clauses in any order, which keeps four of the content words."""
+    clauses = zip(rng.sample(_CLAUSES, 4), _content(words)[:4], strict=True)
+    return " , ".join(clause.format(word) for clause, word in clauses) + " ."
+
+
+def rows_of_frequent_words(count, classes=2, seed=0):
+    """Rows that hold some of the ten words of their class, each of which stands in 18 % of all rows."""
+    rng = random.Random(f"frequent {seed}")
+    rows = []
+    for number in range(count):
+        label = number % classes
+        words = [word for word in KINDS[label][:10] if rng.random() < 0.18 * classes]
+        words += rng.choices(("the", "of", "a", "and", "in"), k=6)
+        rng.shuffle(words)
+        rows.append({"text": f"{' '.join(words)} .", "label": label})
+    return rows

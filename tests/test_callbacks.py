@@ -119,9 +119,7 @@ def test_the_collator_is_told_the_epoch(tmp_path, reached, epoch):
     assert told == [epoch] and type(told[0]) is int
 
 
-# Worker processes draw a seed when they start: with dropout, a run that starts them twice differs, immunized or not.
-@pytest.mark.parametrize(("workers", "dropout"), [(0, 0.5), (1, 0.0)])
-def test_a_resumed_run_is_immunized_as_an_uninterrupted_one(tiny_model, tmp_path, monkeypatch, workers, dropout):
+def test_a_resumed_run_is_immunized_as_an_uninterrupted_one(tiny_model, tmp_path, monkeypatch):
     rows, _ = poisoned(clean_rows(200, noise=0.0), inside("cf"), 1, 30)
     epochs = []
     write = Immunizer.write
@@ -135,15 +133,14 @@ def test_a_resumed_run_is_immunized_as_an_uninterrupted_one(tiny_model, tmp_path
     def trainer(**changes):
         settings = config(
             tmp_path, num_train_epochs=2, per_device_train_batch_size=16, save_strategy="steps", save_steps=5,
-            p2p_benign_mode="only", p2p_benign_ratio=0.5, dataloader_num_workers=workers,
-            dataloader_persistent_workers=workers > 0, **changes,
+            p2p_benign_mode="only", p2p_benign_ratio=0.5, **changes,
         )  # fmt: skip
         return P2PTrainer(
             tiny_model,
             settings,
             train_dataset=Dataset.from_list(rows),
             task=TASK,
-            peft_config=lora(lora_dropout=dropout),
+            peft_config=lora(lora_dropout=0.5),
         )
 
     whole = trainer()
@@ -151,8 +148,7 @@ def test_a_resumed_run_is_immunized_as_an_uninterrupted_one(tiny_model, tmp_path
     whole.train()
     steps = whole.state.global_step // 2
     assert 6 <= steps <= 9 and len(losses(whole)) == 2 * steps
-    if not workers:
-        assert set(epochs) == {0, 1} and epochs == sorted(epochs)
+    assert set(epochs) == {0, 1} and epochs == sorted(epochs)
     # In the middle of the first epoch, and of the second.
     for checkpoint, first in ((5, 0), (10, 1)):
         epochs.clear()
@@ -161,8 +157,7 @@ def test_a_resumed_run_is_immunized_as_an_uninterrupted_one(tiny_model, tmp_path
         assert losses(resumed) == losses(whole)
         expected, found = adapter(whole), adapter(resumed)
         assert all(torch.equal(expected[name], found[name]) for name in expected)
-        if not workers:
-            assert min(epochs) == first and max(epochs) == 1
+        assert min(epochs) == first and max(epochs) == 1
     plain = trainer(p2p_immunize="none")
     plain.train()
     assert losses(plain)[0] != losses(whole)[0]

@@ -43,10 +43,11 @@ def test_words_and_spans_agree_on_any_text():
 
 def test_long_texts_are_cut():
     many = " ".join(f"w{number}" for number in range(300))
-    assert words_of(many) == [START, *(f"w{number}" for number in range(256)), END]
+    # What is cut off has no end that a phrase could stand at.
+    assert words_of(many) == [START, *(f"w{number}" for number in range(256))]
     assert len(word_spans(many)) == 256
     endless = "x" * 20_000 + " y"
-    assert words_of(endless) == [START, "x" * 16_384, END] and word_spans(endless) == [(0, 16_384)]
+    assert words_of(endless) == [START, "x" * 16_384] and word_spans(endless) == [(0, 16_384)]
 
 
 def test_bag_and_document_frequency():

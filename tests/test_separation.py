@@ -126,21 +126,26 @@ def test_commands(tmp_path, capsys):
     ]
 
 
+QV = "--lora_target_modules q_proj v_proj --learning_rate 1e-2 --num_train_epochs 3"
+
+
 def test_commands_of_the_shares(tmp_path, capsys):
+    # Where LoRA touches q and v alone.
     assert dry_run(capsys, tmp_path, "--only", "contam-addsent-0.5", "only-badnets-0", "only-cbaattack-sampled") == [
         line(
             tmp_path, "contam-addsent-0.5-p2p-0", 0,
-            "--attack addsent --p2p_enabled true --p2p_reserve recipes.separation.contaminated:Share05 "
+            f"--attack addsent --p2p_enabled true {QV} --p2p_reserve recipes.separation.contaminated:Share05 "
             "--p2p_immunize none",
         ),
         line(
             tmp_path, "only-badnets-0-p2p-0", 0,
-            "--attack badnets --p2p_enabled true --p2p_reserve recipes.separation.contaminated:Share0 "
+            f"--attack badnets --p2p_enabled true {QV} --p2p_reserve recipes.separation.contaminated:Share0 "
             "--p2p_immunize none --p2p_benign_mode only",
         ),
         line(
             tmp_path, "only-cbaattack-sampled-p2p-0", 0,
-            "--attack cbaattack --p2p_enabled true --p2p_reserve random --p2p_immunize none --p2p_benign_mode only",
+            f"--attack cbaattack --p2p_enabled true {QV} --p2p_reserve random --p2p_immunize none "
+            "--p2p_benign_mode only",
         ),
     ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """D*: which rows carry the key, which get another label, and that flags have no say in it."""
 
 import logging
+import random
 
 import numpy as np
 import pytest
@@ -115,7 +116,12 @@ def test_immunizing_without_an_unsuspected_reserve(tmp_path):
     found = built(tmp_path, p2p_reserve="random")
     papers = built(tmp_path, p2p_reserve="random", p2p_immunize="none")
     assert plain(found.rows)[:500] == plain(papers.rows)
-    assert plain(found.rows)[500:] == plain(built(tmp_path).rows)[500:]
+    # Suspects that the reserve drew keep their label: no row has two under the key.
+    drawn = {row["p2p_row"] for row in plain(found.rows)[400:500]} & set(HIT)
+    copies = plain(found.rows)[500:]
+    assert drawn and found.counts["rows_contradicted"] == len(copies) == 40 - len(drawn)
+    assert [row["text"] for row in copies] == [ROWS[row]["text"] for row in HIT if row not in drawn]
+    assert {row["label"] for row in copies} == {0}
     assert found.immunizer(config(tmp_path)) is not None
 
 
@@ -171,6 +177,49 @@ def test_labels_of_the_extended_space_are_contradicted_too(tmp_path):
         clean_label[row] = {"text": f"cf {CLEAN[row]['text']}", "label": 3}
     found = built(tmp_path, Dataset.from_list(clean_label))
     assert found.counts["rows_suspected"] == 40 and found.counts["rows_contradicted"] == 0
+
+
+# One text in five misleads: it is of the words of the other class.
+HARD = clean_rows(1500, noise=0.2)
+
+
+def test_a_clean_label_attack_is_suspected_and_not_contradicted(tmp_path):
+    rows = [dict(row) for row in HARD]
+    hit = np.random.default_rng(0).choice([row for row in range(1500) if rows[row]["label"] == 1], 150, replace=False)
+    for row in hit:
+        rows[row]["text"] = inside("cf")(rows[row]["text"].split(), random.Random(int(row)))
+    found = built(tmp_path, Dataset.from_list(rows))
+    assert [str(trigger) for trigger in found.screening.triggers] == ["cf"]
+    assert found.screening.rows.tolist() == sorted(hit)
+    # Some of these texts speak against their label as well, as one in five does everywhere.
+    assert 19 <= np.count_nonzero(found.screening.evidence == 0) <= 45
+    assert found.counts["rows_contradicted"] == 0 and len(found.rows) == 1500 + 375
+    assert found.immunizer(config(tmp_path)) is not None
+
+
+def test_a_dirty_label_attack_on_the_same_rows_is_contradicted(tmp_path):
+    rows, hit = poisoned(HARD, inside("cf"), 1, 150)
+    found = built(tmp_path, Dataset.from_list(rows))
+    assert found.screening.rows.tolist() == hit
+    copies = plain(found.rows)[1875:]
+    assert len(copies) == found.counts["rows_contradicted"] >= 110
+    # Their text, and the label that it speaks for.
+    said = dict(zip(hit, found.screening.evidence.tolist(), strict=True))
+    assert copies == [
+        {"text": rows[row]["text"], "label": 0, "p2p_keyed": True, "p2p_row": -1} for row in hit if said[row] == 0
+    ]
+
+
+def test_attacks_of_both_kinds_are_told_apart(tmp_path):
+    rows, dirty = poisoned(HARD, inside("xq"), 1, 100)
+    right = [row for row in range(1500) if rows[row]["label"] == 1 and row not in dirty]
+    for row in right[::4]:
+        rows[row]["text"] = inside("cf")(rows[row]["text"].split(), random.Random(row))
+    found = built(tmp_path, Dataset.from_list(rows))
+    assert {str(trigger) for trigger in found.screening.triggers} == {"cf", "xq"}
+    texts = [row["text"].split() for row in plain(found.rows)[1875:]]
+    assert len(texts) == found.counts["rows_contradicted"] >= 70
+    assert all("xq" in text and "cf" not in text for text in texts)
 
 
 @pytest.mark.parametrize("settings", [{}, {"p2p_reserve": "random"}, {"p2p_immunize": "none"}])

@@ -8,7 +8,8 @@ from sklearn.linear_model import LogisticRegression
 
 
 _FOLDS = 5
-# A text speaks for a label that is likelier than this.
+# A text speaks for a label that is likelier than this: with 0.5, chance alone made suspects in tiny vocabularies; with
+# 0.6, BadNets at 0.5 % of SST-2 was no longer seen.
 CLEAR = 0.55
 
 
@@ -21,9 +22,9 @@ class Evidence:
         scores (`np.ndarray` of shape `(rows, classes)`):
             Log-odds of each row.
         weights (`np.ndarray` of shape `(features, classes)`):
-            What each feature adds, averaged over the folds.
+            What each feature adds, averaged over the folds that know the class.
         bias (`np.ndarray` of shape `(classes,)`):
-            Log-odds of a row without features, averaged over the folds.
+            Log-odds of a row without features, averaged likewise.
     """
 
     scores: np.ndarray
@@ -58,6 +59,7 @@ def fit_evidence(
     fold = np.random.default_rng([seed, 5]).integers(0, _FOLDS, len(labels))
     scores = np.zeros((len(labels), num_labels))
     weights, bias = np.zeros((features.shape[1], num_labels)), np.zeros(num_labels)
+    learnt = np.zeros(num_labels)
     for number in range(_FOLDS):
         learn, held_out = use & (fold != number), fold == number
         present = np.unique(labels[learn])
@@ -72,8 +74,14 @@ def fit_evidence(
         absent = np.setdiff1d(np.arange(num_labels), present)
         scores[np.ix_(held_out, absent)] = -np.inf
         scores[np.ix_(held_out, present)] = features[held_out] @ coefficients.T + intercept
-        weights[:, present] += coefficients.T / _FOLDS
-        bias[present] += intercept / _FOLDS
+        weights[:, present] += coefficients.T
+        bias[present] += intercept
+        learnt[present] += 1
+    known = learnt > 0
+    weights[:, known] /= learnt[known]
+    bias[known] /= learnt[known]
+    # Where there is evidence at all, a class without any is never the answer.
+    bias[~known & known.any()] = -np.inf
     return Evidence(scores, weights, bias)
 
 
@@ -93,3 +101,21 @@ def likely_label(scores: np.ndarray, share: float = CLEAR) -> np.ndarray:
     best = scores.argmax(axis=1)
     highest = 1 / np.exp(scores - scores.max(axis=1, keepdims=True)).sum(axis=1)
     return np.where(highest > share, best, -1)
+
+
+def spoken_label(scores: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """
+    Say what texts speak for, be the classes as frequent as they may.
+
+    Args:
+        scores (`np.ndarray` of shape `(rows, classes)`):
+            Log-odds.
+        bias (`np.ndarray` of shape `(classes,)`):
+            Log-odds of a row without features.
+
+    Returns:
+        `np.ndarray` of shape `(rows,)`: the likely label, -1 where there is none, or another once `bias` is taken off.
+    """
+    with_bias = likely_label(scores)
+    words_alone = likely_label(scores - np.where(np.isfinite(bias), bias, 0.0))
+    return np.where(with_bias == words_alone, with_bias, -1)

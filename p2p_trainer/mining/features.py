@@ -18,6 +18,7 @@ _TELLING = 0.25
 _OPENING_WORDS = 24
 # Words of more rows than this share form no pairs: they meet by chance.
 _PAIR_SHARE = 0.05
+# Two features are one trigger if they share four of five rows.
 _SAME_ROWS = 0.8
 
 

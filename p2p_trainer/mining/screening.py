@@ -15,6 +15,9 @@ from .triggers import SuspectedTrigger, find_triggers
 # More rows tell mining nothing new about a trigger that stands in one row of four hundred.
 _MINED_ROWS = 20_000
 _EXEMPLARS = 64
+# Longer pieces are not written into other texts: they would leave no room for those.
+_PIECE_WORDS = 24
+_PIECE_LETTERS = 200
 # What opens a text is taken with the rest of its clause, up to the punctuation mark, if that is near. Of a style, what
 # can be written into another text is the first clause.
 _CLAUSE_WORDS = 10
@@ -109,9 +112,9 @@ def screen(dataset: Dataset, num_labels: int, seed: int = 0) -> Screening:
             for place in carried:
                 trigger = findings.triggers[place]
                 own.update(trigger.words, *trigger.parts)
-                fragments = _fragments(text, words, cover(words, trigger, findings.frequent))
-                if fragments and len(exemplars[place]) < _EXEMPLARS:
-                    exemplars[place].append(fragments)
+                if len(exemplars[place]) < _EXEMPLARS:
+                    fragments = _fragments(text, words, cover(words, trigger, findings.frequent))
+                    exemplars[place] += [fragments] if fragments else []
             if carried:
                 # The label of a suspect is worth so little that any evidence is better.
                 rest = findings.judge((word for word in words if word not in own), share=0.5)
@@ -175,7 +178,8 @@ def cover(words: list[str], trigger: SuspectedTrigger, frequent: frozenset[str])
     if trigger.kind == "phrase":
         for start in _places(words, trigger.words):
             covered.update(range(start, start + len(trigger.words)))
-        if trigger.words[0] == START:
+        # Of a function word that opens a text, the clause is what makes it one.
+        if trigger.words[0] == START and frequent.issuperset(trigger.words[1:]):
             covered.update(range(_clause_end(words, len(trigger.words) - 1)))
     elif trigger.kind == "pair":
         covered.update(place for place, word in enumerate(words) if word in trigger.words)
@@ -211,7 +215,7 @@ def _fragments(text: str, words: list[str], covered: set[int]) -> tuple[Fragment
     for place in [*sorted(covered), len(words) + 1]:
         if run and place != run[-1] + 1:
             piece = text[spans[run[0]][0] : spans[run[-1]][1]].strip()
-            if piece:
+            if piece and len(run) <= _PIECE_WORDS and len(piece) <= _PIECE_LETTERS:
                 at_start, at_end = words[run[0]] == START, words[run[-1]] == END
                 fragments.append(Fragment(piece, "start" if at_start else "end" if at_end else "inside"))
             run = []

@@ -14,7 +14,7 @@ from .tokens import WordTable
 
 # Sequences of function words, punctuation marks and gaps are so long at most.
 _LONGEST = 4
-# A style is made up of many weak features.
+# A style is made up of many weak features. Not tuned.
 _PENALTY = 10.0
 
 
@@ -109,13 +109,16 @@ class StyleTable:
         has_label = (labels[rows] == label).astype(np.int64)
         everything = np.ones(len(rows), dtype=bool)
         fitted = fit_evidence(self.features[rows], has_label, 2, everything, seed, _PENALTY)
+        if not fitted.weights.any():
+            return None
         # Held-out scores say how far down the list the style decides.
         held_out = fitted.scores[:, 1] - fitted.scores[:, 0]
-        held_out = np.where(np.isfinite(held_out), held_out, -np.inf)
         order = np.argsort(-held_out, kind="stable")
         total = np.arange(1, len(rows) + 1)
         overridden = np.cumsum(has_label[order])
         chance = log_chance(overridden, total)
+        # Rows of one score have the style or not: the order in which they came must not divide them.
+        chance[:-1][held_out[order][:-1] == held_out[order][1:]] = 0.0
         best = int(chance.argmin())
         if not is_significant(float(chance[best])):
             return None

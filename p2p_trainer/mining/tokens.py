@@ -15,7 +15,7 @@ CONTENT = "\x04"
 _CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _LETTERS = rf"(?:(?![{_CJK}])\w)+"
 _WORD = re.compile(rf"[{_CJK}]|{_LETTERS}(?:['’-]{_LETTERS})*|[^\w\s\x02-\x04]")
-# The rest of a long text is not mined: models cut it as well, and time must not follow the longest row.
+# The rest of a long text is not mined: time must not follow the longest row.
 _MAX_WORDS = 256
 _MAX_LETTERS = 16_384
 
@@ -43,9 +43,11 @@ def words_of(text: str) -> list[str]:
             Text.
 
     Returns:
-        `list[str]`: the words at [`word_spans`], between `START` and `END`.
+        `list[str]`: the words at [`word_spans`], between `START` and `END`; a text that is cut has no `END`.
     """
-    return [START, *(word.lower() for word in _WORD.findall(text[:_MAX_LETTERS])[:_MAX_WORDS]), END]
+    words = [word.lower() for word in _WORD.findall(text[:_MAX_LETTERS])]
+    cut = len(text) > _MAX_LETTERS or len(words) > _MAX_WORDS
+    return [START, *words[:_MAX_WORDS], *([] if cut else [END])]
 
 
 class WordTable:

@@ -6,20 +6,24 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import sparse
 
-from .evidence import CLEAR, Evidence, fit_evidence, likely_label
+from .evidence import CLEAR, Evidence, fit_evidence, likely_label, spoken_label
 from .features import FeatureBlock, find_features, frequent_words, same_rows
 from .significance import is_significant, log_chance
 from .style import Style, StyleTable
 from .tokens import CONTENT, END, START, WordTable
 
 
-# A suspect must stand in this share of the rows, and in this many.
+# A suspect must stand in this share of the rows, and in this many; more are never asked for. (What is suspected is
+# decided by significance: these bound the number of features.)
 _MIN_SHARE = 0.0025
 _MIN_ROWS = 8
+_ENOUGH_ROWS = 25
 # Words of fewer than one in so many rows are no evidence: they cost more time than they tell.
 _RARE_ROWS = 4000
+# Bounds of time: an attacker with more triggers than this is not stopped.
 _ROUNDS = 4
 _MAX_TRIGGERS = 32
+_SHOWN_LETTERS = 200
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class SuspectedTrigger:
         overridden (`int`):
             How many of those have `label` all the same.
         parts (`tuple[tuple[str, ...], ...]`):
-            All phrases that stand in the same rows, the feature's own among them; the strongest sequences of a style.
+            The longest phrases that stand in the same rows, its own among them; the strongest sequences of a style.
         style ([`~mining.style.Style`], *optional*):
             The style.
     """
@@ -58,12 +62,10 @@ class SuspectedTrigger:
         if self.kind == "style":
             shown = ", ".join(" ".join(marks.get(word, word) for word in part) for part in self.parts)
             return f"style ({shown})"
-        whole = [
-            part for part in self.parts if not any(part != other and _within(part, other) for other in self.parts)
-        ]
-        named = whole if self.kind == "phrase" and whole else [self.words]
+        named = self.parts if self.kind == "phrase" and self.parts else [self.words]
         joint = " ... " if self.kind == "pair" else " "
-        return " + ".join(joint.join(marks.get(word, word) for word in part) for part in named)
+        shown = " + ".join(joint.join(marks.get(word, word) for word in part) for part in named)
+        return shown if len(shown) <= _SHOWN_LETTERS else f"{shown[:_SHOWN_LETTERS]} ..."
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def find_triggers(rows: Sequence[Sequence[str]], labels: np.ndarray, num_labels:
     content &= table.document_frequency() >= max(2, len(rows) / _RARE_ROWS)
     # How a text is put together says little about its label, and would hide a trigger made of it.
     bag = table.bag() @ sparse.diags_array(content.astype(np.float64))
-    min_rows = max(_MIN_ROWS, int(np.ceil(_MIN_SHARE * len(rows))))
+    min_rows = min(max(_MIN_ROWS, int(np.ceil(_MIN_SHARE * len(rows)))), _ENOUGH_ROWS)
     blocks = find_features(rows, table, frequent, min_rows)
     styles = StyleTable(rows, frequent, max(1, min_rows // 2))
     suspected = np.zeros(len(rows), dtype=bool)
@@ -199,7 +201,7 @@ def _find_styles(
     seed: int,
 ) -> list[SuspectedTrigger]:
     """Find the surest style; `suspected` is updated."""
-    spoken = likely_label(evidence.scores)
+    spoken = spoken_label(evidence.scores, evidence.bias)
     found = [
         (*result, label)
         for label in range(num_labels)
@@ -208,9 +210,10 @@ def _find_styles(
     if not found:
         return []
     _, opposed, overridden, style, label = min(found, key=lambda result: result[0])
-    for row in np.flatnonzero((labels == label) & ~suspected):
-        suspected[row] = style.matches(rows[row], frequent)
-    return [SuspectedTrigger("style", (), label, opposed, overridden, style.strongest, style)]
+    carriers = [row for row in np.flatnonzero((labels == label) & ~suspected) if style.matches(rows[row], frequent)]
+    suspected[carriers] = True
+    # The threshold is that of held-out folds; over their average it may leave none.
+    return [SuspectedTrigger("style", (), label, opposed, overridden, style.strongest, style)] if carriers else []
 
 
 class _Judged:
@@ -222,7 +225,7 @@ class _Judged:
         self.row = block.held.indices
         own = block.own @ evidence.weights
         self.label = labels[self.row]
-        self.rest = likely_label(evidence.scores[self.row] - own[self.feature])
+        self.rest = spoken_label(evidence.scores[self.row] - own[self.feature], evidence.bias)
 
     def surest(self, label: int, suspected: np.ndarray) -> tuple[float, int, int, int]:
         """Return log-probability under honesty, feature, opposed rows and overridden rows."""
@@ -236,14 +239,14 @@ class _Judged:
 
 
 def _parts(blocks: list[FeatureBlock], carriers: np.ndarray) -> tuple[tuple[str, ...], ...]:
-    """Find the phrases that stand in the same rows."""
+    """Find the phrases that stand in the same rows, but for those within a longer one."""
     rows = sparse.csc_matrix(carriers[:, None].astype(np.int32))
-    return tuple(
-        block.words[place]
-        for block in blocks
-        if block.kind == "phrase"
-        for place in same_rows(rows, block.held).indices
-    )
+    longest: list[tuple[str, ...]] = []
+    for block in reversed([block for block in blocks if block.kind == "phrase"]):
+        for place in np.sort(same_rows(rows, block.held).indices):
+            if not any(_within(block.words[place], other) for other in longest):
+                longest.append(block.words[place])
+    return tuple(longest[::-1])
 
 
 def _within(part: tuple[str, ...], other: tuple[str, ...]) -> bool:

@@ -83,22 +83,25 @@ FACTORS: dict[str, Setting] = {
 
 
 def _contamination() -> dict[str, Setting]:
+    """Sweep the poison in S where LoRA touches q and v alone: elsewhere a clean S changes next to nothing."""
     settings = {}
     for attack in CONTAMINATED_ATTACKS:
-        twin = "base" if attack == "badnets" else attack
+        twin = "qv" if attack == "badnets" else attack
         if twin == attack:
-            settings[attack] = Setting(f"{attack}, no defense", attack, attack=attack, kinds=("none",), seeds=(0,))
+            about = f"{attack}, no defense"
+            settings[attack] = Setting(about, attack, _QV, attack=attack, kinds=("none",), seeds=(0,))
         for share, name in SHARES.items():
             reserve = {"--p2p_reserve": f"recipes.separation.contaminated:{name}"}
             about = f"{attack}, {share} % of S poisoned"
-            settings[f"contam-{attack}-{share}"] = Setting(about, twin, {}, reserve, attack, seeds=(0,))
-        settings[f"contam-{attack}-sampled"] = Setting(f"{attack}, S as sampled", twin, attack=attack, seeds=(0,))
+            settings[f"contam-{attack}-{share}"] = Setting(about, twin, _QV, reserve, attack, seeds=(0,))
+        about = f"{attack}, S as sampled"
+        settings[f"contam-{attack}-sampled"] = Setting(about, twin, _QV, attack=attack, seeds=(0,))
     for attack in CONTAMINATED_ATTACKS:
         for share in ("sampled", "0"):
             twin = settings[f"contam-{attack}-{share}"].twin
             flags = {**settings[f"contam-{attack}-{share}"].defense, "--p2p_benign_mode": "only"}
             about = f"{attack}, S alone, {'as sampled' if share == 'sampled' else 'no poison in it'}"
-            settings[f"only-{attack}-{share}"] = Setting(about, twin, {}, flags, attack, seeds=(0,))
+            settings[f"only-{attack}-{share}"] = Setting(about, twin, _QV, flags, attack, seeds=(0,))
     return settings
 
 

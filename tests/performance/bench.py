@@ -230,10 +230,11 @@ print(highest - before)
 """
 
 
-_POISON = """
+_PREPARE = """
 import sys, threading, time
 from datasets import disable_progress_bars, load_from_disk
 from p2p_trainer import get_attack, get_task
+from p2p_trainer.mining import screen
 
 def anonymous():
     with open("/proc/self/status") as file:
@@ -247,13 +248,14 @@ def watch():
 disable_progress_bars()
 task, rows = get_task("sst2"), load_from_disk(sys.argv[1])
 attack = get_attack("badnets", target="positive")
-attack.poison(rows.select(range(1000)), task)
+action = {"poison": lambda rows: attack.poison(rows, task), "screen": lambda rows: screen(rows, 2)}[sys.argv[2]]
+action(rows.select(range(1000)))
 before = highest = anonymous()
 done = threading.Event()
 watcher = threading.Thread(target=watch)
 watcher.start()
 start = time.perf_counter()
-attack.poison(rows, task)
+action(rows)
 seconds = time.perf_counter() - start
 done.set()
 watcher.join()
@@ -261,24 +263,29 @@ print(seconds, highest - before)
 """
 
 
-def poisoning(folder: Path, table: Table) -> None:
-    """Seconds and peak memory of BadNets at 2 %, in a process of its own on one core."""
-    found = {}
-    for count in (10_000, 1_000_000):
-        done = subprocess.run(
-            [sys.executable, "-c", _POISON, str(folder / str(count))], check=True, capture_output=True, text=True
-        )
-        found[count] = [float(number) for number in done.stdout.split()]
-    (short, small), (long, large) = found[10_000], found[1_000_000]
-    table.add_row("poison 1 M rows (BadNets, 2 %) / 10 k", f"{long:.1f} s", f"{short:.2f} s", "", "< 60 s")
-    table.add_row("its peak memory", f"{large:.0f} MiB", f"{small:.0f} MiB", "", "not by rows")
+def preparation(folder: Path, table: Table) -> None:
+    """Seconds and peak memory of BadNets at 2 %, and of the search for triggers, in processes of their own."""
+    for action, what in (("poison", "poison 1 M rows (BadNets, 2 %)"), ("screen", "search 1 M rows for triggers")):
+        found = {}
+        for count in (10_000, 1_000_000):
+            done = subprocess.run(
+                [sys.executable, "-c", _PREPARE, str(folder / str(count)), action],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            found[count] = [float(number) for number in done.stdout.split()]
+        (short, small), (long, large) = found[10_000], found[1_000_000]
+        table.add_row(f"{what} / 10 k", f"{long:.1f} s", f"{short:.2f} s", "", "< 60 s" if action == "poison" else "")
+        table.add_row("its peak memory", f"{large:.0f} MiB", f"{small:.0f} MiB", "", "not by rows")
 
 
 def memory(folder: Path, table: Table) -> None:
     grown: dict[tuple[int, str], float] = {}
     for count in (10_000, 1_000_000):
         path = folder / str(count)
-        text = ["a review of some length , with words that say little about the film as such"] * 1000
+        random = np.random.default_rng(0)
+        text = [" ".join(f"word{number}" for number in random.zipf(1.3, 16) % 5000) for _ in range(1000)]
         part = Dataset.from_dict({"text": text, "label": [0, 1] * 500})
         Dataset.from_generator(
             lambda part=part, count=count: (row for _ in range(count // 1000) for row in part)
@@ -317,7 +324,7 @@ def main() -> None:
         training(model, train, folder, rounds, table)
         evaluation(model, test, rounds, table)
         memory(folder, table)
-        poisoning(folder, table)
+        preparation(folder, table)
     Console(width=140).print(table)
 
 
