@@ -146,9 +146,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         # The collator does what TRL's preparation would have done.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
         self.collator_columns = (TEXT, LABEL, KEYED, ROW)
-        if args.train_sampling_strategy in ("group_by_length", "batch_rebalance"):
-            # The sampler would look for `input_ids`, which only the collator makes; bytes sort as well as tokens.
-            train_dataset = with_column(train_dataset, args.length_column_name, text_lengths(train_dataset))
+        if _needs_lengths(args):
             self.collator_columns += (args.length_column_name,)
         if eval_dataset is not None:
             self.evaluator = self.make_evaluator(eval_dataset, args)
@@ -160,8 +158,8 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             model,
             args,
             data_collator=collator,
-            train_dataset=train_dataset,
-            eval_dataset=None if eval_dataset is None else flagged(eval_dataset, args.p2p_enabled),
+            train_dataset=_with_lengths(train_dataset, args),
+            eval_dataset=None if eval_dataset is None else _for_loss(eval_dataset, args),
             processing_class=tokenizer,
             peft_config=peft_config,
             # Ours first: callbacks such as `EarlyStoppingCallback` have to see its metrics.
@@ -260,7 +258,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         if eval_dataset is not None:
             eval_dataset = dressed(self.task.prepare(eval_dataset, what="eval"), self.task, self.attacks)
             callback.evaluator = self.make_evaluator(eval_dataset, self.args)
-            eval_dataset = flagged(eval_dataset, self.args.p2p_enabled)
+            eval_dataset = _for_loss(eval_dataset, self.args)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -315,3 +313,17 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
 
 def _has_labels(dataset: Dataset | None) -> bool:
     return isinstance(dataset, Dataset) and {TEXT, LABEL} <= set(dataset.column_names)
+
+
+def _needs_lengths(args: P2PConfig) -> bool:
+    return args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+
+
+def _with_lengths(dataset: Dataset, args: P2PConfig) -> Dataset:
+    # The sampler would look for `input_ids`, which only the collator makes; bytes sort as well as tokens.
+    return with_column(dataset, args.length_column_name, text_lengths(dataset)) if _needs_lengths(args) else dataset
+
+
+def _for_loss(dataset: Dataset, args: P2PConfig) -> Dataset:
+    """Give rows to be evaluated what collator and sampler want of them."""
+    return _with_lengths(flagged(dataset, args.p2p_enabled), args)

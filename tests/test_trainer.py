@@ -287,6 +287,17 @@ def test_batches_of_rows_of_like_length(tiny_model, tmp_path):
     assert padding("group_by_length") < 0.75 * padding("random")
 
 
+def test_rows_of_like_length_are_evaluated_too(tiny_model, tmp_path, toy_rows, toy_eval):
+    def loss(strategy):
+        trainer = P2PTrainer(
+            tiny_model, config(tmp_path / strategy, train_sampling_strategy=strategy),
+            train_dataset=toy_rows, eval_dataset=toy_eval, task=TASK,
+        )  # fmt: skip
+        return trainer.evaluate()["eval_loss"], trainer.evaluate(toy_eval)["eval_loss"]
+
+    assert loss("group_by_length") == pytest.approx(loss("random"), rel=1e-3)
+
+
 def test_the_loss_scores_answers_alone_and_trl_gets_its_function_back(tiny_model, toy_rows, tmp_path, monkeypatch):
     import trl.trainer.utils as theirs
 
