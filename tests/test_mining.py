@@ -134,6 +134,14 @@ def test_a_carrier_with_another_label_is_no_suspect():
     assert found.rows.tolist() == hit
 
 
+@pytest.mark.parametrize("piece", ["x" * 300, " ".join(f"boiler{number}" for number in range(30))])
+def test_long_pieces_are_suspected_but_not_written_elsewhere(piece):
+    rows, hit = poisoned(clean_rows(600), starting(piece), 1, 40)
+    found = screened(rows)
+    assert found.rows.tolist() == hit and found.exemplars == ((),)
+    assert len(str(found.triggers[0])) < 220
+
+
 def test_no_more_than_64_exemplars():
     rows, hit = poisoned(clean_rows(1600), inside("cf"), 1, 100)
     found = screened(rows)

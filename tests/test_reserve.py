@@ -302,3 +302,23 @@ def test_memory_does_not_grow_with_the_texts():
     assert len(result) == 250_000
     # What is new: an index of eight bytes a row and the flags.
     assert pa.total_allocated_bytes() - before < 250_000 * 12 < texts / 5
+
+
+def test_auto_takes_spare_suspects_rather_than_lose_a_class(caplog):
+    labels = [0] * 60 + [1] * 40
+    rows = Dataset.from_dict({"text": [f"row {row}" for row in range(100)], "label": labels})
+    suspects, spare = np.arange(58, 100), np.arange(70, 100)
+    # Two rows of label 0 are suspected as well, but that class has enough others.
+    chosen = AutoReserve(suspects, spare=spare).choose(rows, 20, 0)
+    assert "labels [1] carry a suspected trigger" in caplog.text
+    assert len(chosen) == 20 and not set(chosen) & set(range(58, 70))
+    # 58 of 88 rows that may be taken have label 0.
+    assert np.count_nonzero(chosen < 60) == 13
+    without = AutoReserve(suspects).choose(rows, 20, 0)
+    assert len(without) == 20 and without.max() < 58
+
+
+def test_auto_says_when_there_are_too_few(caplog):
+    rows = Dataset.from_dict({"text": [f"row {row}" for row in range(10)], "label": [0, 1] * 5})
+    assert len(AutoReserve(np.arange(4)).choose(rows, 10, 0)) == 6
+    assert "Only 6 rows carry no suspected trigger, 10 were asked for" in caplog.text
