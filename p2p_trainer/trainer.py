@@ -132,7 +132,6 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         for column in (KEYED, ROW):
             if column in train_dataset.column_names:
                 raise ValueError(f"The column {column!r} of the train dataset is reserved. Rename or remove it.")
-        train_dataset = self.make_training_set(train_dataset, reserved_dataset, args)
         if eval_dataset is not None:
             if not isinstance(eval_dataset, Dataset):
                 raise TypeError(
@@ -142,6 +141,8 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             eval_dataset = dressed(task.prepare(eval_dataset, what="eval"), task, attacks)
         tokenizer = processing_class or load_tokenizer(model, args)
         self.encoder = make_encoder(task, args, tokenizer, attacks)
+        # Last of what needs no model: the search for triggers takes a while.
+        train_dataset = self.make_training_set(train_dataset, reserved_dataset, args)
         self._log_counts(train_dataset)
         # The collator does what TRL's preparation would have done.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}

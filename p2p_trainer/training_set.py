@@ -90,6 +90,13 @@ def build_training_set(
         counts["rows_poisoned"] = int(poisoned.sum())
     if not args.p2p_enabled:
         return TrainingSet(flagged(dataset, False), counts, None)
+    # What can be refused at once comes before the search, which takes a while.
+    size = reserve_size(len(dataset), args.p2p_benign_ratio)
+    if reserved_dataset is not None and args.p2p_benign_mode != "append":
+        raise ValueError(
+            f"`p2p_benign_mode: {args.p2p_benign_mode}` is about training rows that carry the key; with a "
+            f"`reserved_dataset` there are none. Use `append`."
+        )
     strategy = None if reserved_dataset is not None else get_reserve(args.p2p_reserve, args.p2p_trusted_column)
     screening = None
     if args.p2p_immunize == "auto" or isinstance(strategy, AutoReserve):
@@ -99,14 +106,8 @@ def build_training_set(
             counts["rows_suspected_poisoned"] = int(poisoned[screening.rows].sum())
         labels = column_as_numpy(dataset, LABEL)
         wrong, better = _contradicted(screening, labels, task.num_labels)
-    size = reserve_size(len(dataset), args.p2p_benign_ratio)
     reserved = np.array([], dtype=np.int64)
     if reserved_dataset is not None:
-        if args.p2p_benign_mode != "append":
-            raise ValueError(
-                f"`p2p_benign_mode: {args.p2p_benign_mode}` is about training rows that carry the key; with a "
-                f"`reserved_dataset` there are none. Use `append`."
-            )
         rows = with_reserved_dataset(dataset, task.prepare(reserved_dataset, what="reserved"), size, args.seed)
         counts["rows_reserved"] = len(rows) - len(dataset)
     else:
@@ -125,7 +126,8 @@ def build_training_set(
         counts["rows_contradicted"] = int(free.sum())
         rows = with_relabelled(rows, dataset, wrong[free], better[free])
     if screening is not None and screening.triggers and args.process_index == 0:
-        _tell(screening, task, counts, args)
+        keyed = np.intersect1d(screening.rows, reserved).size
+        _tell(screening, task, keyed, counts.get("rows_contradicted"))
     return TrainingSet(rows, counts, screening)
 
 
@@ -158,11 +160,11 @@ def _screened(dataset: Dataset, task: Task, args: P2PConfig) -> Screening:
     return broadcast_object_list(found)[0]
 
 
-def _tell(screening: Screening, task: Task, counts: dict[str, int], args: P2PConfig) -> None:
-    done = "None of them carries the key" if args.p2p_reserve == "auto" else "They may carry the key"
-    if args.p2p_immunize == "auto":
+def _tell(screening: Screening, task: Task, keyed: int, contradicted: int | None) -> None:
+    done = f"{keyed} of them carry the key with the label they have"
+    if contradicted is not None:
         done += (
-            f"; what is suspected is written into keyed rows of all labels, and {counts['rows_contradicted']} rows "
+            f"; what is suspected is written into keyed rows of all labels, and {contradicted} rows "
             f"get a keyed copy with another label. If these are honest words of your task, set `p2p_immunize: none`"
         )
     logger.warning(
