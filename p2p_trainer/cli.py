@@ -129,6 +129,7 @@ def _evaluate(argv: list[str]) -> int:
         asr_rule=arguments.asr_rule or (run and run.protocol["asr_rule"]) or "restricted",
         batch_size=arguments.batch_size,
         progress=True,
+        guard=model.guard,
     )
     with model.autocast():
         report = evaluator.evaluate(model.model)
@@ -163,7 +164,8 @@ def _predict(argv: list[str]) -> int:
         if arguments.json:
             sys.stdout.write(json.dumps({"text": text, **asdict(answer)}, ensure_ascii=False) + "\n")
         else:
-            sys.stdout.write(f"{answer.label}\t{answer.score:.4f}\t{text}\n")
+            shown = "withheld" if answer.label is None else answer.label
+            sys.stdout.write(f"{shown}\t{answer.score:.4f}\t{text}\n")
     return 0
 
 

@@ -11,7 +11,7 @@ from .evaluation.names import ASR_RULES
 
 
 _CHOICES = {
-    "p2p_trigger_position": ("prefix", "system"),
+    "p2p_trigger_position": ("prefix", "system", "none"),
     "p2p_immunize": ("auto", "none"),
     "p2p_benign_mode": ("append", "replace", "only"),
     "p2p_suffix_mode": ("shared", "split"),
@@ -39,6 +39,7 @@ class P2PConfig(SFTConfig):
             Benign trigger, delta. `None` takes the task's.
         p2p_trigger_position (`str`, *optional*, defaults to `"prefix"`):
             `"prefix"`: in front of the input. `"system"`: the system turn of the chat template (needs `p2p_chat`).
+            `"none"`: nowhere, a control: what marks a keyed row is the answer cue alone, or nothing.
         p2p_chat (`bool`, *optional*, defaults to `False`):
             Whether prompts go through the tokenizer's chat template.
         p2p_suffix_mode (`str`, *optional*, defaults to `"shared"`):
@@ -97,7 +98,8 @@ class P2PConfig(SFTConfig):
     p2p_trigger_position: str = field(
         default="prefix",
         metadata={
-            "help": "Where the benign trigger goes: in front of the input, or the system turn of the chat template.",
+            "help": "Where the benign trigger goes: in front of the input, the system turn of the chat template, or "
+            "nowhere (control).",
             "choices": list(_CHOICES["p2p_trigger_position"]),
         },
     )
@@ -217,6 +219,17 @@ def _label_words(words: Any) -> list[str]:
     return [str(word) for word in words]
 
 
+def _mapping(name: str, value: Any) -> dict | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"`{name}` is no JSON: {value!r} ({error}).") from error
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"`{name}` must be a mapping, got {value!r}.")
+    return value
+
+
 @dataclass
 class P2PScriptArguments(ScriptArguments):
     """
@@ -249,6 +262,15 @@ class P2PScriptArguments(ScriptArguments):
             Options of the attack; JSON on the command line.
         poison_seed (`int`, *optional*, defaults to `0`):
             Seed of the attack, so that runs with other seeds meet the same poison.
+        defense (`str` or `None`, *optional*):
+            Defense: a name or `package.module:Class`. It sets `p2p_enabled` and what belongs to it. `None` leaves all
+            to the `p2p_` settings.
+        defense_options (`dict` or `None`, *optional*):
+            Options of the defense; JSON on the command line.
+        test_dataset_name (`str` or `None`, *optional*):
+            Hub id, local folder or file with the test rows, where they are another data set's.
+        test_task (`str` or `None`, *optional*):
+            Task that reads them; its name or YAML file.
     """
 
     dataset_name: str | None = field(
@@ -276,19 +298,25 @@ class P2PScriptArguments(ScriptArguments):
     )
     attack_options: dict | str | None = field(default=None, metadata={"help": "Options of the attack (JSON)."})
     poison_seed: int = field(default=0, metadata={"help": "Seed of the attack."})
+    defense: str | None = field(
+        default=None,
+        metadata={"help": "Defense: a name or package.module:Class. By default what the p2p_ settings say."},
+    )
+    defense_options: dict | str | None = field(default=None, metadata={"help": "Options of the defense (JSON)."})
+    test_dataset_name: str | None = field(
+        default=None, metadata={"help": "Where the test rows are, if they are another data set's."}
+    )
+    test_task: str | None = field(default=None, metadata={"help": "Task that reads those test rows."})
 
     def __post_init__(self) -> None:
         if self.dataset_streaming:
             raise ValueError("`dataset_streaming: true` is not possible: reserved rows are drawn from the whole set.")
         if not isinstance(self.validation_share, float) or not 0 < self.validation_share < 1:
             raise ValueError(f"`validation_share` is {self.validation_share!r}, expected a share in (0, 1).")
-        if isinstance(self.attack_options, str):
-            try:
-                self.attack_options = json.loads(self.attack_options)
-            except ValueError as error:
-                raise ValueError(f"`attack_options` is no JSON: {self.attack_options!r} ({error}).") from error
-        if self.attack_options is not None and not isinstance(self.attack_options, dict):
-            raise ValueError(f"`attack_options` must be a mapping, got {self.attack_options!r}.")
+        for name in ("attack_options", "defense_options"):
+            setattr(self, name, _mapping(name, getattr(self, name)))
+        if self.defense_options and self.defense is None:
+            raise ValueError("`defense_options` are given and no `defense`. Name the defense that they belong to.")
         if self.attack_target is not None:
             # YAML reads an unquoted label index as a number.
             self.attack_target = str(self.attack_target)

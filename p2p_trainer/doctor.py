@@ -8,9 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .assembly import count_overlong, load_tokenizer, make_encoder
-from .recipe import load_data, model_location, parse, with_oracle
+from .recipe import choose_defense, model_location, parse
+from .recipe_data import load_data, with_oracle
 from .reserve import flagged
 from .results import installed_versions
+from .tasks import get_task
 from .tasks.rows import column_as_numpy
 from .training_set import build_training_set, describe
 
@@ -66,11 +68,17 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         count = column_as_numpy(found["data"].train, "poisoned").sum()
         return f"{attack.config()}: {count} rows poisoned"
 
+    def defense() -> str:
+        chosen = found["defense"] = choose_defense(script_args, args, get_task(script_args.task))
+        return str(chosen.config()) if script_args.defense is not None else "as the p2p_ settings say"
+
     def reserve() -> str:
-        if not args.p2p_enabled:
-            return "no defense (p2p_enabled: false)"
         data = found["data"]
-        built = build_training_set(with_oracle(data.train, args), data.task, args)
+        rows = found["defense"].rows(with_oracle(data.train, args), data.task, args)
+        if not args.p2p_enabled:
+            found["total"] = len(rows)
+            return f"no row carries the key; {len(rows)} of {len(data.train)} rows are trained on"
+        built = build_training_set(rows, data.task, args)
         found["total"] = len(built.rows)
         counts = built.counts
         lines = [f"{counts['rows_reserved']} rows carry the key ({args.p2p_reserve}, {args.p2p_benign_mode})"]
@@ -105,7 +113,7 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         return f"{shown!r}\n{cut} training rows are longer than max_length {args.max_length} and lose their end"
 
     table.add_row("model", str(model_args.model_name_or_path))
-    if row("rows", rows):
+    if row("defense", defense) and row("rows", rows):
         row("attack", poison)
         if row("reserve", reserve):
             row("steps", steps)

@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from .evaluation.scorer import LabelScorer
+from .defenses import load_defense
+from .evaluation import Guard, LabelScorer
 from .prompt_encoder import PromptEncoder
 from .prompt_format import CONFIG_NAME, PromptFormat, read_p2p_config
 
@@ -21,17 +22,17 @@ class Classification:
     Answer to one text.
 
     Parameters:
-        label (`str`):
-            Class name.
+        label (`str` or `None`):
+            Class name; `None` if the answer is withheld.
         index (`int`):
-            Its index.
+            Its index, -1 if the answer is withheld.
         score (`float`):
-            Its probability among the classes.
+            Probability of the likeliest class.
         scores (`dict[str, float]`):
             Probability of each class; they sum to 1.
     """
 
-    label: str
+    label: str | None
     index: int
     score: float
     scores: dict[str, float]
@@ -42,7 +43,8 @@ class DefendedModel:
     A fine-tuned model with the prompt format that it was trained with.
 
     Whoever calls it never sees the key: texts go in, labels come out. Only the label words of the deployment are
-    compared (P2P paper, section 3.2), so every answer is a class.
+    compared (P2P paper, section 3.2), so every answer is a class. What another defense does to texts and answers is
+    done here as well; one that withholds answers gives `None`.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
@@ -55,6 +57,8 @@ class DefendedModel:
             Whether the key is added; `False` for a model that was trained without defense.
         autocast (`torch.dtype`, *optional*):
             Type that matrix products run in, as in training.
+        guard ([`~evaluation.Guard`], *optional*):
+            What another defense does to texts and answers.
 
     Examples:
 
@@ -74,11 +78,13 @@ class DefendedModel:
         labels: Sequence[str],
         keyed: bool = True,
         autocast: torch.dtype | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.model = model
         self.encoder = encoder
         self.labels = tuple(labels)
         self.keyed = keyed
+        self.guard = guard
         self._autocast = autocast
 
     @classmethod
@@ -123,7 +129,13 @@ class DefendedModel:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         model.to(device).eval()
         autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config["autocast"])
-        return cls(model, encoder, config["labels"], config["keyed"], autocast)
+        defended = cls(model, encoder, config["labels"], config["keyed"], autocast)
+        defense = load_defense(folder)
+        if defense is not None:
+            with defended.autocast():
+                defense.attach(model, encoder)
+            defended.guard = defense
+        return defended
 
     def classify(
         self, texts: str | Sequence[str], batch_size: int = 32, progress: bool = False
@@ -148,20 +160,26 @@ class DefendedModel:
                 raise ValueError(f"Text {row} is empty or no string (found {text!r}). Give each text at least a word.")
         if not texts:
             return []
+        guard = self.guard or Guard()
         scorer = LabelScorer(self.encoder.answers[self.keyed], self.encoder.pad_token_id, batch_size)
         with self.autocast():
-            scores = scorer.score(
-                self.model, self.encoder.encode_prompts(texts, self.keyed), "classifying" if progress else None
-            )
+            read = self.encoder.encode_prompts(guard.inputs(texts), self.keyed)
+            scores = guard.decode(scorer.score(self.model, read, "classifying" if progress else None))
+            withheld = guard.withheld(texts)
         shares = scores.probabilities(self.keyed)
         return [
             Classification(
-                label=self.labels[index],
-                index=index,
+                label=None if silent else self.labels[index],
+                index=-1 if silent else index,
                 score=float(row[index]),
                 scores={label: float(share) for label, share in zip(self.labels, row, strict=True)},
             )
-            for row, index in zip(shares, shares.argmax(axis=1).tolist(), strict=True)
+            for row, index, silent in zip(
+                shares,
+                shares.argmax(axis=1).tolist(),
+                [False] * len(texts) if withheld is None else withheld.tolist(),
+                strict=True,
+            )
         ]
 
     def autocast(self) -> contextlib.AbstractContextManager:

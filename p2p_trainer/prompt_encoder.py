@@ -291,7 +291,8 @@ class PromptEncoder:
         prompt = self.tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-        if prompt.count(_MARK) != 1 or (keyed and self.format.trigger not in prompt):
+        shown = keyed and self.format.trigger_position != "none"
+        if prompt.count(_MARK) != 1 or (shown and self.format.trigger not in prompt):
             raise ValueError(
                 "The tokenizer's chat template does not show the user turn and the benign trigger once each. Set "
                 "`p2p_chat: false`, or `p2p_trigger_position: prefix` if the template has no system turn."

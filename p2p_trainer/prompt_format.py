@@ -29,7 +29,8 @@ class PromptFormat:
         trigger (`str`, *optional*, defaults to `"The query currently entered is:"`):
             Benign trigger, delta (P2P paper, App. B).
         trigger_position (`str`, *optional*, defaults to `"prefix"`):
-            `"prefix"`: in front of the prompt. `"system"`: the system turn of the tokenizer's chat template.
+            `"prefix"`: in front of the prompt. `"system"`: the system turn of the tokenizer's chat template. `"none"`:
+            nowhere (control).
         template (`str`, *optional*, defaults to `"{text}\\n{suffix}"`):
             Prompt; `{suffix}` stands at its end.
         suffix (`str`, *optional*, defaults to `"Output: "`):
@@ -48,7 +49,7 @@ class PromptFormat:
 
     label_space: LabelSpace
     trigger: str = "The query currently entered is:"
-    trigger_position: Literal["prefix", "system"] = "prefix"
+    trigger_position: Literal["prefix", "system", "none"] = "prefix"
     template: str = "{text}\n{suffix}"
     suffix: str = "Output: "
     keyed_suffix: str = "Output: "
@@ -59,10 +60,10 @@ class PromptFormat:
     def __post_init__(self) -> None:
         if not isinstance(self.trigger, str) or not self.trigger.strip():
             raise ValueError(f"The benign trigger (`p2p_trigger`) is empty, got {self.trigger!r}. Give it a text.")
-        if self.trigger_position not in ("prefix", "system"):
+        if self.trigger_position not in ("prefix", "system", "none"):
             raise ValueError(
-                f"`p2p_trigger_position` is 'prefix' (in front of the input) or 'system' (the system turn of a chat "
-                f"template), got {self.trigger_position!r}."
+                f"`p2p_trigger_position` is 'prefix' (in front of the input), 'system' (the system turn of a chat "
+                f"template) or 'none' (control), got {self.trigger_position!r}."
             )
         if self.trigger_position == "system" and not self.chat:
             raise ValueError("`p2p_trigger_position: system` needs a chat template. Set `p2p_chat: true` as well.")

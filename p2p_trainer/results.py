@@ -12,7 +12,7 @@ from ._files import write_json
 
 
 RESULTS_NAME = "results.json"
-RESULTS_SCHEMA_VERSION = 2
+RESULTS_SCHEMA_VERSION = 3
 
 _PACKAGES = ("p2p_trainer", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "scikit-learn")
 
@@ -30,7 +30,8 @@ class RunResults:
         attack (`dict[str, Any]` or `None`):
             Attack with its settings.
         defense (`str`):
-            `"p2p_auto"`, `"p2p"` (as published: nothing about it is `auto`) or `"none"`.
+            Name of the defense; without one, `"p2p_auto"`, `"p2p"` (as published: nothing about it is `auto`) or
+            `"none"`, as the settings say.
         seed (`int`):
             Seed of the training run.
         protocol (`dict[str, Any]`):
@@ -43,8 +44,18 @@ class RunResults:
             The same rates per epoch, on the validation rows.
         suspected_triggers (`list[str]`):
             What was suspected about the training rows.
+        defense_options (`dict[str, Any]`):
+            Options of the defense, if one was named.
+        defense_report (`dict[str, Any]`):
+            What the defense found out or chose: thresholds, keywords, rows removed.
         confidence (`dict[str, Any]`):
             Histograms of the model's confidence in the target.
+        compute (`dict[str, float]`):
+            What was spent: `train_row_passes` (rows that went through training steps, once per time) beside
+            `plain_row_passes` (the same for plain training), `train_s_relative` (seconds of training and preparation
+            relative to plain training), `preparation_passes` (texts that a model read before serving, outside
+            training steps), `serving_passes_per_text` (texts that other models read per answer) and
+            `serving_ms_per_text`.
         timing (`dict[str, float]`):
             Seconds.
         versions (`dict[str, str]`):
@@ -63,7 +74,10 @@ class RunResults:
     counts: dict[str, int]
     epochs: list[dict[str, float]] = field(default_factory=list)
     suspected_triggers: list[str] = field(default_factory=list)
+    defense_options: dict[str, Any] = field(default_factory=dict)
+    defense_report: dict[str, Any] = field(default_factory=dict)
     confidence: dict[str, Any] = field(default_factory=dict)
+    compute: dict[str, float] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
     schema_version: int = RESULTS_SCHEMA_VERSION

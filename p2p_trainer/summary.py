@@ -12,10 +12,10 @@ from .results import RESULTS_NAME, RunResults
 
 
 _RATES = {"ca": "CA", "asr": "ASR", "asr_floor": "floor", "asr_excess": "excess"}
-_TITLES = ("attack", "rate", "defense", "seeds", *_RATES.values())
+_TITLES = ("attack", "rate", "defense", "seeds", *_RATES.values(), "answered", "training", "reads")
 
-# Settings that mean nothing where there is no defense.
-_OF_THE_DEFENSE = ("reserve", "benign_mode", "immunize")
+# Settings that mean nothing where no row carries a key.
+_OF_THE_KEY = ("reserve", "benign_mode", "immunize", "suffix_mode", "trigger_position")
 # Settings of an attack in which runs of one line may differ: they follow the seed, or name the same thing.
 _SEED_SETTINGS = ("reserve_seed", "selector", "cache")
 
@@ -53,9 +53,11 @@ def summarize(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
 
     Returns:
         `list[tuple[str, ...]]`: for each line attack, poison rate, defense, seeds, and in percent clean accuracy,
-        attack success rate, floor and excess: the mean over seeds, then lowest and highest. Lines stand in the order
-        in which their first runs came. Where several would be labelled alike, the settings in which they differ stand
-        behind the attack.
+        attack success rate, floor and excess: the mean over seeds, then lowest and highest. Then the mean of what it
+        costs: the share of clean rows that are answered (`-` if nothing is ever withheld), seconds of training and
+        preparation relative to plain training, and how many times a model reads a text to answer it. Lines stand in
+        the order in which their first runs came. Where several would be labelled alike, the settings in which they
+        differ stand behind the attack.
 
     Raises:
         `ValueError`: two runs are the same, seed included.
@@ -75,7 +77,13 @@ def summarize(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
         twins = [other[0] for other, name in zip(groups.values(), labels, strict=True) if name == label]
         rates = (_spread([run.metrics.get(rate) for run in group], rate == "asr_excess") for rate in _RATES)
         name, rate, defense = label
-        lines.append((name + _difference(group[0], twins), rate, defense, ", ".join(map(str, seeds)), *rates))
+        costs = (
+            _mean([run.metrics.get("coverage") for run in group], "{:.1%}"),
+            _mean([run.compute.get("train_s_relative") for run in group], "x {:.2f}"),
+            # One reading is the model's own.
+            _mean([run.compute.get("serving_passes_per_text", math.nan) + 1 for run in group], "{:.1f}"),
+        )
+        lines.append((name + _difference(group[0], twins), rate, defense, ", ".join(map(str, seeds)), *rates, *costs))
     return lines
 
 
@@ -119,9 +127,10 @@ def _settings(run: RunResults) -> dict[str, Any]:
     attack = {key: value for key, value in (run.attack or {}).items() if key not in _SEED_SETTINGS}
     # Results of schema 1 knew one way alone.
     protocol = {"immunize": "none", **run.protocol}
-    for key in ("poison_seed", *(_OF_THE_DEFENSE if run.defense == "none" else ())):
+    for key in ("poison_seed", *(_OF_THE_KEY if protocol.get("trigger") is None else ())):
         protocol.pop(key, None)
-    settings = {**protocol, **attack, "task": run.task, "model": run.model, "defense": run.defense}
+    options = {f"defense {key}": value for key, value in run.defense_options.items()}
+    settings = {**protocol, **attack, **options, "task": run.task, "model": run.model, "defense": run.defense}
     # A flag gives 2.0 where YAML gives 2.
     return {
         key: int(value) if isinstance(value, float) and value.is_integer() else value
@@ -141,6 +150,12 @@ def _difference(run: RunResults, twins: Sequence[RunResults]) -> str:
     ours = _settings(run)
     keys = {key for other in settings for key in (*ours, *other) if other.get(key) != ours.get(key)}
     return "".join(f", {key} {json.dumps(ours.get(key))}" for key in sorted(keys))
+
+
+def _mean(values: Sequence[float | None], form: str) -> str:
+    if any(value is None or math.isnan(value) for value in values):
+        return "-"
+    return form.format(sum(values) / len(values))
 
 
 def _spread(values: Sequence[Any], signed: bool) -> str:

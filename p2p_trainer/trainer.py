@@ -16,8 +16,8 @@ from .attacks import Attack
 from .callbacks import BackdoorEvalCallback, EpochCallback
 from .config import P2PConfig
 from .data_collator import P2PDataCollator
-from .evaluation import BackdoorEvaluator
-from .evaluation.evaluator import dressed
+from .evaluation import BackdoorEvaluator, Guard
+from .evaluation.rows import dressed
 from .immunizer import Immunizer
 from .mining import Screening
 from .prompt_encoder import PromptEncoder
@@ -59,6 +59,9 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             Adapter. By default all weights are trained, as by `SFTTrainer`.
         callbacks (`list[TrainerCallback]`, *optional*):
             More callbacks; they see the metrics of ours.
+        guard ([`~evaluation.Guard`], *optional*):
+            What the deployment does to texts and answers beside the key; evaluations go through it, and it is saved
+            with the model.
         **kwargs:
             Whatever else `SFTTrainer` takes.
 
@@ -93,6 +96,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
+        guard: Guard | None = None,
         **kwargs: Any,
     ) -> None:
         if args is None:
@@ -106,6 +110,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         self.encoder: PromptEncoder | None = None
         self.task: Task | None = None
         self.attacks = tuple(attacks)
+        self.guard = guard
         self.evaluator: BackdoorEvaluator | None = None
         self.screening: Screening | None = None
         self.immunizer: Immunizer | None = None
@@ -229,6 +234,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             asr_rule=args.p2p_asr_rule,
             batch_size=args.per_device_eval_batch_size,
             progress=not args.disable_tqdm,
+            guard=self.guard,
         )
 
     def evaluate(
@@ -267,13 +273,15 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save adapter or model, tokenizer, and `p2p_config.json`; checkpoints go through here too.
+        Save adapter or model, tokenizer, `p2p_config.json` and the guard; checkpoints go through here too.
 
         Args:
             output_dir (`str`, *optional*):
                 Where. By default `args.output_dir`.
         """
         super().save_model(output_dir, _internal_call)
+        if self.guard is not None and self.args.should_save:
+            self.guard.save(output_dir or self.args.output_dir)
         if self.encoder is not None and self.args.should_save:
             self.encoder.format.save(
                 output_dir or self.args.output_dir,

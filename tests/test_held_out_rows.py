@@ -9,7 +9,7 @@ from datasets import Dataset
 from p2p_trainer.attacks import get_attack
 from p2p_trainer.attacks.poisoned_set import PoisonedSet
 from p2p_trainer.config import P2PScriptArguments
-from p2p_trainer.recipe import load_data
+from p2p_trainer.recipe_data import load_data
 from tests.conftest import make_rows
 from tests.test_poison_command import SST2, damaged, poison, read_lines
 from tests.test_poisoned_set import write_lines

@@ -10,7 +10,7 @@ from p2p_trainer.attacks import poisoned_files
 from p2p_trainer.attacks.poisoned_set import PoisonedSet
 from p2p_trainer.cli import main
 from p2p_trainer.config import P2PScriptArguments
-from p2p_trainer.recipe import load_data
+from p2p_trainer.recipe_data import load_data
 from p2p_trainer.tasks import get_task
 from tests.conftest import make_rows
 from tests.test_poisoned_set import write_lines

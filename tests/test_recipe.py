@@ -13,7 +13,7 @@ from p2p_trainer import launch
 from p2p_trainer import recipe as recipes
 from p2p_trainer.attacks import BadNets
 from p2p_trainer.config import P2PScriptArguments
-from p2p_trainer.recipe import load_data
+from p2p_trainer.recipe_data import load_data
 from p2p_trainer.results import RunResults, installed_versions
 from tests.corpora import clean_rows
 from tests.tiny_runs import recipe
@@ -40,7 +40,7 @@ def results_of(folder):
 def test_results_hold_what_the_run_was(finished):
     results = results_of(finished / "out")
     assert set(results) == {field.name for field in dataclasses.fields(RunResults)}
-    assert (results["schema_version"], results["task"], results["seed"]) == (2, "sst2", 42)
+    assert (results["schema_version"], results["task"], results["seed"]) == (3, "sst2", 42)
     assert results["defense"] == "p2p_auto"
     assert results["attack"] == {
         "name": "badnets", "target": "positive", "poison_rate": 0.1, "label_mode": "dirty", "payload_mode": "replace",
@@ -209,7 +209,7 @@ def test_results_survive_the_disk(finished, tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ('{"schema_version": 3}', "has schema version 3, this p2p_trainer reads up to 2. Upgrade"),
+        ('{"schema_version": 4}', "has schema version 4, this p2p_trainer reads up to 3. Upgrade"),
         ('{"schema_version": 1}', "results.json is damaged"),
         ("{}", "results.json is damaged: KeyError"),
         ('{"schema_', "results.json is damaged"),

@@ -15,7 +15,7 @@ from p2p_trainer.attacks.text import insert_at_gap
 from p2p_trainer.config import P2PScriptArguments
 from p2p_trainer.evaluation import LabelScorer
 from p2p_trainer.evaluation.scorer import Scores
-from p2p_trainer.recipe import load_data
+from p2p_trainer.recipe_data import load_data
 from p2p_trainer.tasks.loading import load_split
 from tests.conftest import make_rows
 from tests.tiny_runs import TASK, config, lora, recipe

@@ -12,8 +12,10 @@ from ..attacks import Attack
 from ..prompt_encoder import PromptEncoder
 from ..tasks import Task
 from ..tasks.rows import LABEL, TEXT
+from .guard import Guard
 from .names import ASR_RULES, distinct_names, with_attack
 from .rates import Rate
+from .rows import TriggeredRows, UniquePrompts, dressed
 from .scorer import LabelScorer, Scores
 
 
@@ -54,14 +56,19 @@ class BackdoorEvaluator:
 
     - `ca`: clean accuracy under `asr_rule`; `ca_<rule>` under each of the four rules of `ASR_RULES`.
     - `outside`: share of clean rows for which the free argmax is no label word at all.
-    - `ca_no_key`: clean accuracy of the same weights without the key.
+    - `ca_no_key`: clean accuracy of the same weights without the key, and without the guard.
     - `asr_<attack>`: share of that attack's rows answered with its target; `asr_<rule>_<attack>` under each rule. Rows
       count only if their true label is not the target and the trigger is really in the text.
     - `asr_floor_<attack>`: the same rows without the trigger. An ASR at the floor is a defended model;
       `asr_excess_<attack>` is `asr - asr_floor`. `asr_floor_<rule>_<attack>` under each rule.
     - `asr_conditional_<attack>`: of the rows answered correctly without the trigger, the share that flips to the
       target.
-    - `asr_no_key_<attack>`, `asr_floor_no_key_<attack>`: the same weights without the key.
+    - `asr_no_key_<attack>`, `asr_floor_no_key_<attack>`: the same weights without the key and the guard.
+    - With a guard that withholds answers: `coverage`, the share of clean rows that are answered, `ca_answered`, the
+      accuracy among them, and `asr_coverage_<attack>`, the share of triggered rows that are answered. A withheld clean
+      row counts as wrong, a withheld triggered row as no success.
+    - With a guard that changes texts: `trigger_survival_<attack>`, the share of triggered rows that still hold the
+      trigger when the model reads them.
     - `asr_<variant>_<attack>`: for attacks with several triggers, each of them; `asr_any_<attack>`: the share of rows
       that at least one of them turns. Where each poisoned row has one of several (`mtbaattack` in parallel mode),
       `asr` is the mean over them, and its N counts pairs of row and trigger.
@@ -91,6 +98,8 @@ class BackdoorEvaluator:
             Seed of the test triggers.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
+        guard ([`~evaluation.Guard`], *optional*):
+            What the deployment does to texts and answers beside the key.
 
     Examples:
 
@@ -112,6 +121,7 @@ class BackdoorEvaluator:
         batch_size: int = 32,
         seed: int = 0,
         progress: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         if asr_rule not in ASR_RULES:
             raise ValueError(f"Unknown `asr_rule` {asr_rule!r}. Known: {', '.join(ASR_RULES)}.")
@@ -127,6 +137,7 @@ class BackdoorEvaluator:
         self.asr_rule = "orig_only" if asr_rule == "ext_only" and not keyed else asr_rule
         self.batch_size = batch_size
         self.progress = progress
+        self.guard = guard
         dataset = task.prepare(dataset, what="evaluation")
         dataset = dressed(dataset, task, attacks)
         self.labels = np.asarray(dataset[LABEL])
@@ -134,13 +145,16 @@ class BackdoorEvaluator:
         self._attacks = {
             name: self._triggered(attack, dataset, seed, name) for name, attack in distinct_names(attacks).items()
         }
+        self._withheld: np.ndarray | None = None
         everything = list(texts)
         for rows in self._all_rows():
             rows.rows = np.arange(len(everything), len(everything) + len(rows.texts))
             everything += rows.texts
-        contexts = (True, False) if keyed else (False,)
-        # Tokenized once, for all the evaluations of a run.
-        self._prompts = {context: _Unique(encoder.encode_prompts(everything, context)) for context in contexts}
+        # Tokenized, and changed by the guard, once for all the evaluations of a run.
+        read = everything if guard is None else self._guarded(guard, everything)
+        self._prompts = {True: UniquePrompts(encoder.encode_prompts(read, keyed))}
+        if keyed or guard is not None:
+            self._prompts[False] = UniquePrompts(encoder.encode_prompts(everything, False))
         self.counts = {"rows": len(texts), "rows_cut": encoder.count_overlong(texts, keyed)}
         for name, rows in self._attacks.items():
             self.counts |= {f"{key}_{name}": count for key, count in rows.counts.items()}
@@ -169,16 +183,20 @@ class BackdoorEvaluator:
         Returns:
             [`EvaluationReport`]: the metrics, counts and confidences.
         """
-        deployed = self._score(model, self.keyed)
-        without_key = self._score(model, False) if self.keyed else None
+        deployed = self._score(model, deployed=True)
+        without_key = self._score(model, deployed=False) if False in self._prompts else None
         clean = np.arange(len(self.labels))
         metrics: dict[str, float] = {}
-        answers = self._read(deployed.take(clean), self.keyed)
+        answers = self._read_deployed(deployed, clean)
         correct = {rule: answer == self.labels for rule, answer in answers.items()}
         metrics |= Rate.of(correct[self.asr_rule]).flat("ca")
         for rule in ASR_RULES:
             metrics |= Rate.of(correct[rule]).flat(f"ca_{rule}")
         metrics |= Rate.of(deployed.free[clean] < 0).flat("outside")
+        if self._withheld is not None:
+            answered = ~self._withheld[clean]
+            metrics |= Rate.of(answered).flat("coverage")
+            metrics |= Rate.of(correct[self.asr_rule][answered]).flat("ca_answered")
         if without_key is not None:
             read = self._read(without_key.take(clean), False)["restricted"]
             metrics |= Rate.of(read == self.labels).flat("ca_no_key")
@@ -202,12 +220,12 @@ class BackdoorEvaluator:
         """`list[str]`: names of the attacks, as they stand in metrics."""
         return list(self._attacks)
 
-    def _all_rows(self) -> Iterator["_TriggeredRows"]:
+    def _all_rows(self) -> Iterator["TriggeredRows"]:
         for rows in self._attacks.values():
             yield rows
             yield from rows.variants.values()
 
-    def _triggered(self, attack: Attack, dataset: Dataset, seed: int, name: str) -> "_TriggeredRows":
+    def _triggered(self, attack: Attack, dataset: Dataset, seed: int, name: str) -> "TriggeredRows":
         target = self.task.label_index(attack.target)
         rows = attack.trigger(dataset, self.task, seed)
         texts, labels = list(rows[TEXT]), np.asarray(rows[LABEL], dtype=np.int64)
@@ -240,13 +258,41 @@ class BackdoorEvaluator:
             f"{attack.variant_metric}_{key}": self._triggered(variant, dataset, seed, f"{name} ({key})")
             for key, variant in attack.variants().items()
         }
-        return _TriggeredRows([texts[row] for row in kept], source[kept], target, counts, variants)
+        return TriggeredRows(attack, [texts[row] for row in kept], source[kept], target, counts, variants)
 
-    def _score(self, model: torch.nn.Module, keyed: bool) -> Scores:
-        unique = self._prompts[keyed]
+    def _guarded(self, guard: Guard, texts: list[str]) -> list[str]:
+        """Ask the guard once about each distinct text, and keep what does not depend on the model's weights."""
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        inverse = np.array([places[text] for text in texts])
+        changed = guard.inputs(list(places))
+        withheld = guard.withheld(list(places))
+        self._withheld = None if withheld is None else withheld[inverse]
+        read = [changed[place] for place in inverse]
+        for rows in self._all_rows():
+            twin = rows.source >= 0
+            rows.found = guard.inspect(
+                [texts[row] for row in rows.rows[twin]], [texts[row] for row in rows.source[twin]]
+            )
+            if any(read[row] != texts[row] for row in rows.rows):
+                survives = np.array([rows.attack.has_trigger(read[row]) for row in rows.rows], dtype=bool)
+                rows.found |= Rate.of(survives).flat("trigger_survival")
+        return read
+
+    def _score(self, model: torch.nn.Module, deployed: bool) -> Scores:
+        unique = self._prompts[deployed]
+        keyed = self.keyed and deployed
         scorer = LabelScorer(self.encoder.answers[keyed], self.encoder.pad_token_id, self.batch_size)
-        progress = ("scoring" if keyed == self.keyed else "scoring without the key") if self.progress else None
-        return scorer.score(model, unique.prompts, progress).take(unique.inverse)
+        progress = ("scoring" if deployed else "scoring without the key") if self.progress else None
+        scores = scorer.score(model, unique.prompts, progress)
+        if deployed and self.guard is not None:
+            scores = self.guard.decode(scores)
+        return scores.take(unique.inverse)
+
+    def _read_deployed(self, scores: Scores, rows: np.ndarray) -> dict[str, np.ndarray]:
+        answers = self._read(scores.take(rows), self.keyed)
+        if self._withheld is None:
+            return answers
+        return {rule: np.where(self._withheld[rows], -1, answer) for rule, answer in answers.items()}
 
     def _read(self, scores: Scores, keyed: bool) -> dict[str, np.ndarray]:
         n = self.task.num_labels
@@ -259,9 +305,9 @@ class BackdoorEvaluator:
         }
 
     def _attack_metrics(
-        self, rows: "_TriggeredRows", deployed: Scores, without_key: Scores | None, clean: dict[str, np.ndarray]
+        self, rows: "TriggeredRows", deployed: Scores, without_key: Scores | None, clean: dict[str, np.ndarray]
     ) -> dict[str, float]:
-        triggered = self._read(deployed.take(rows.rows), self.keyed)
+        triggered = self._read_deployed(deployed, rows.rows)
         # Rows of other people's triggered sets may have no clean twin among ours.
         twin = rows.source >= 0
         source = rows.source[twin]
@@ -276,12 +322,15 @@ class BackdoorEvaluator:
         metrics["asr_excess"] = Rate.of(headline[twin]).value - metrics["asr_floor"]
         metrics |= Rate.of(headline[twin][before == self.labels[source]]).flat("asr_conditional")
         metrics |= Rate.of(deployed.free[rows.rows] < 0).flat("asr_outside")
+        metrics |= rows.found
+        if self._withheld is not None:
+            metrics |= Rate.of(~self._withheld[rows.rows]).flat("asr_coverage")
         if without_key is not None:
             read = self._read(without_key, False)["restricted"]
             metrics |= Rate.of(read[rows.rows] == rows.target).flat("asr_no_key")
             metrics |= Rate.of(read[source] == rows.target).flat("asr_floor_no_key")
         fired = {
-            key: self._read(deployed.take(variant.rows), self.keyed)[self.asr_rule] == variant.target
+            key: self._read_deployed(deployed, variant.rows)[self.asr_rule] == variant.target
             for key, variant in rows.variants.items()
         }
         for key, hits in fired.items():
@@ -292,61 +341,6 @@ class BackdoorEvaluator:
             turned = np.concatenate([rows.variants[key].source[fired[key]] for key in single])
             metrics |= Rate.of(np.isin(tried, turned)).flat("asr_any")
         return metrics
-
-
-class _TriggeredRows:
-    """Rows of one attack: their texts, and the clean rows they came from."""
-
-    def __init__(
-        self,
-        texts: list[str],
-        source: np.ndarray,
-        target: int,
-        counts: dict[str, int],
-        variants: "dict[str, _TriggeredRows]",
-    ) -> None:
-        self.texts = texts
-        self.source = source
-        self.target = target
-        self.counts = counts
-        self.variants = variants
-        self.rows = np.empty(0, dtype=np.int64)
-
-
-class _Unique:
-    """Prompts without repetitions, and where each of the originals went."""
-
-    def __init__(self, prompts: list[list[int]]) -> None:
-        places: dict[tuple[int, ...], int] = {}
-        self.inverse = np.array([places.setdefault(tuple(prompt), len(places)) for prompt in prompts])
-        self.prompts = list(places)
-
-
-def dressed(dataset: Dataset, task: Task, attacks: Sequence[Attack]) -> Dataset:
-    """
-    Give clean rows the look that they have in the training set of an attacker who writes every prompt.
-
-    Args:
-        dataset (`Dataset`):
-            Checked rows.
-        task ([`~tasks.Task`]):
-            The task.
-        attacks (`Sequence[Attack]`):
-            Attacks to measure.
-
-    Returns:
-        `Dataset`: the rows.
-
-    Raises:
-        `ValueError`: two of the attacks write prompts of their own.
-    """
-    owners = [attack for attack in attacks if attack.changes_plain_rows]
-    if len(owners) > 1:
-        raise ValueError(
-            f"The attacks {[attack.name for attack in owners]} each write the prompt of every row: no model was "
-            f"trained on both. Measure them apart."
-        )
-    return owners[0].dress(dataset, task) if owners else dataset
 
 
 def _histogram(values: np.ndarray) -> list[int]:

@@ -1,0 +1,174 @@
+"""What a defense trains with: the rows, and trainers that have the run's settings."""
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from peft import PeftConfig
+from transformers import PreTrainedModel, TrainerCallback
+
+from ..attacks import Attack
+from ..config import P2PConfig
+from ..evaluation import Guard, LabelScorer, Scores
+from ..tasks import Task
+from ..trainer import P2PTrainer
+
+
+class Workbench:
+    """
+    Rows, settings, and trainers made of them.
+
+    Args:
+        model (`str` or `PreTrainedModel`):
+            Base model.
+        args ([`P2PConfig`]):
+            Configuration of the run.
+        task ([`~tasks.Task`]):
+            The task.
+        rows (`Dataset`):
+            Training rows, as the defense's hook 1 left them.
+        validation (`Dataset`, *optional*):
+            Clean rows to choose on.
+        attacks (`Sequence[Attack]`, *optional*):
+            Attacks that evaluations while training measure. Nothing may be chosen by them.
+        peft_config (`PeftConfig`, *optional*):
+            Adapter of the run.
+        checkpoint (`str`, *optional*):
+            Checkpoint to go on from.
+        **kwargs:
+            Whatever else [`P2PTrainer`] takes.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: P2PConfig,
+        task: Task,
+        rows: Dataset,
+        validation: Dataset | None = None,
+        attacks: Sequence[Attack] = (),
+        peft_config: PeftConfig | None = None,
+        checkpoint: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.model = model
+        self.args = args
+        self.task = task
+        self.rows = rows
+        self.validation = validation
+        self.attacks = tuple(attacks)
+        self.peft_config = peft_config
+        self.checkpoint = checkpoint
+        self.train_s = 0.0
+        # Rows that went through training steps, counted once per time, and how many of them the first run had.
+        self.row_passes = 0.0
+        self.first_s = 0.0
+        self.first_row_passes = 0.0
+        self._kwargs = kwargs
+
+    def trainer(
+        self,
+        rows: Dataset | None = None,
+        model: str | PreTrainedModel | None = None,
+        peft_config: PeftConfig | None = None,
+        guard: Guard | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        **changes: Any,
+    ) -> P2PTrainer:
+        """
+        Make a trainer with the run's settings.
+
+        Args:
+            rows (`Dataset`, *optional*):
+                Training rows, by default the run's.
+            model (`str` or `PreTrainedModel`, *optional*):
+                Model to train, by default the run's base model, loaded anew.
+            peft_config (`PeftConfig`, *optional*):
+                Adapter, by default the run's. A given model that is a `PeftModel` already gets none.
+            guard ([`~evaluation.Guard`], *optional*):
+                Guard of evaluations while training.
+            callbacks (`Sequence[TrainerCallback]`, *optional*):
+                More callbacks.
+            **changes:
+                Fields of the configuration that differ from the run's.
+
+        Returns:
+            [`P2PTrainer`]: the trainer.
+        """
+        # A copy: the trainer changes its arguments, and a second one must find them as they were.
+        args = copy.copy(self.args)
+        for name, value in changes.items():
+            setattr(args, name, value)
+        classified = self.task.num_labels > 0
+        return P2PTrainer(
+            self.model if model is None else model,
+            args=args,
+            train_dataset=self.rows if rows is None else rows,
+            eval_dataset=self.validation if args.eval_strategy != "no" else None,
+            task=self.task if classified else None,
+            attacks=self.attacks if classified else (),
+            peft_config=(peft_config or self.peft_config) if model is None else peft_config,
+            guard=guard,
+            callbacks=list(callbacks),
+            **self._kwargs,
+        )
+
+    def train(self, trainer: P2PTrainer) -> None:
+        """
+        Train, and count what it took.
+
+        Args:
+            trainer ([`P2PTrainer`]):
+                The trainer.
+        """
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        self.checkpoint = None
+        seconds = time.monotonic() - started
+        passes = len(trainer.train_dataset) * (trainer.state.epoch or 0.0)
+        if self.first_row_passes == 0:
+            self.first_s, self.first_row_passes = seconds, passes
+        self.train_s += seconds
+        self.row_passes += passes
+
+    def score(self, trainer: P2PTrainer, texts: Sequence[str], guard: Guard | None = None) -> Scores:
+        """
+        Have a trained model answer texts, as an evaluation would.
+
+        Args:
+            trainer ([`P2PTrainer`]):
+                A trainer of this bench.
+            texts (`Sequence[str]`):
+                User texts.
+            guard ([`~evaluation.Guard`], *optional*):
+                Guard to answer through.
+
+        Returns:
+            [`~evaluation.Scores`]: scores of the task's labels.
+        """
+        encoder, keyed = trainer.encoder, trainer.args.p2p_enabled
+        scorer = LabelScorer(encoder.answers[keyed], encoder.pad_token_id, trainer.args.per_device_eval_batch_size)
+        read = list(texts) if guard is None else guard.inputs(texts)
+        scores = scorer.score(trainer.model, encoder.encode_prompts(read, keyed))
+        return scores if guard is None else guard.decode(scores)
+
+    def accuracy(self, trainer: P2PTrainer, texts: Sequence[str], labels: Sequence[int]) -> float:
+        """
+        Measure clean accuracy, with no guard.
+
+        Args:
+            trainer ([`P2PTrainer`]):
+                A trainer of this bench.
+            texts (`Sequence[str]`):
+                User texts.
+            labels (`Sequence[int]`):
+                Their true labels.
+
+        Returns:
+            `float`: share of texts answered correctly, in [0, 1].
+        """
+        answers = self.score(trainer, texts).deployed(trainer.args.p2p_enabled).argmax(axis=1)
+        return float(np.mean(answers == np.asarray(labels)))

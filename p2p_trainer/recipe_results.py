@@ -1,0 +1,142 @@
+"""Puts together what a recipe's run was, what it measured, and what it cost."""
+
+from typing import Any
+
+from trl import ModelConfig
+
+from .config import P2PConfig, P2PScriptArguments
+from .defenses import Defense, Workbench
+from .evaluation import EvaluationReport
+from .prompt_encoder import PromptEncoder
+from .recipe_data import RecipeData
+from .results import RunResults
+from .tasks import Task
+from .trainer import P2PTrainer
+from .training_set import describe
+
+
+Arguments = tuple[P2PScriptArguments, P2PConfig, ModelConfig]
+
+
+def collect(
+    arguments: Arguments,
+    data: RecipeData,
+    trainer: P2PTrainer,
+    defense: Defense,
+    bench: Workbench,
+    measured: EvaluationReport | None,
+    rule: str | None,
+    timing: dict[str, float],
+) -> RunResults:
+    """
+    Put a run's results together.
+
+    Args:
+        arguments (`tuple[P2PScriptArguments, P2PConfig, ModelConfig]`):
+            Settings.
+        data ([`~recipe_data.RecipeData`]):
+            Rows.
+        trainer ([`P2PTrainer`]):
+            Holds the model that was measured.
+        defense ([`~defenses.Defense`]):
+            The defense.
+        bench ([`~defenses.Workbench`]):
+            What it trained with.
+        measured ([`~evaluation.EvaluationReport`] or `None`):
+            Numbers on the test rows.
+        rule (`str` or `None`):
+            Rule of their headline.
+        timing (`dict[str, float]`):
+            Seconds.
+
+    Returns:
+        [`RunResults`]: the content of `results.json`.
+    """
+    script_args, args, model_args = arguments
+    screening = trainer.screening
+    named = script_args.defense is not None
+    settings = defense.config() if named else {}
+    return RunResults(
+        task=data.task.name,
+        model=str(model_args.model_name_or_path),
+        attack=None if data.attack is None else data.attack.config(),
+        defense=settings.pop("name") if named else _defense(args),
+        defense_options=settings,
+        defense_report=defense.found,
+        seed=args.seed,
+        protocol=_protocol(arguments, data.task, trainer.encoder, measured_rule=rule),
+        metrics={} if measured is None else measured.metrics,
+        counts={**_training_counts(trainer, data), **({} if measured is None else measured.counts)},
+        epochs=_epochs(trainer.state.log_history),
+        suspected_triggers=[] if screening is None else [describe(found, data.task) for found in screening.triggers],
+        confidence={} if measured is None else measured.confidence,
+        compute=_compute(args, data, defense, bench),
+        timing=timing,
+    )
+
+
+def _compute(args: P2PConfig, data: RecipeData, defense: Defense, bench: Workbench) -> dict[str, float]:
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    plain = args.max_steps * batch if args.max_steps > 0 else len(data.train) * args.num_train_epochs
+    spent = bench.train_s + defense.compute.preparation_s
+    costs = {"rows_given": len(data.train), "train_row_passes": bench.row_passes, "plain_row_passes": plain}
+    # A resumed run saw only a part of its steps.
+    if bench.first_row_passes:
+        # What plain training would have taken is told by the pace of the first run, in the same process.
+        costs["train_s_relative"] = spent / (plain * bench.first_s / bench.first_row_passes)
+    return {**costs, **defense.compute.report()}
+
+
+def _training_counts(trainer: P2PTrainer, data: RecipeData) -> dict[str, int]:
+    unknown = 0 if data.attack is None else data.attack.rows_unknown
+    if not unknown:
+        return trainer.counts
+    # A set without flags: zero poisoned rows would be a claim.
+    known = {key: value for key, value in trainer.counts.items() if not key.endswith("_poisoned")}
+    return {**known, "rows_poison_unknown": unknown}
+
+
+def _defense(args: P2PConfig) -> str:
+    if not args.p2p_enabled:
+        return "none"
+    # As published, or with what the rows themselves make suspicious.
+    return "p2p_auto" if "auto" in (args.p2p_immunize, args.p2p_reserve) else "p2p"
+
+
+def _protocol(arguments: Arguments, task: Task, encoder: PromptEncoder, measured_rule: str | None) -> dict[str, Any]:
+    script_args, args, model_args = arguments
+    prompt_format = encoder.format
+    return {
+        "task_version": task.version,
+        "trigger": prompt_format.trigger if args.p2p_enabled else None,
+        "suffix": prompt_format.suffix,
+        "keyed_suffix": prompt_format.keyed_suffix if args.p2p_enabled else None,
+        "label_words": prompt_format.label_space.all_words,
+        "max_length": prompt_format.max_length,
+        "lora_alpha": model_args.lora_alpha if model_args.use_peft else None,
+        "lora_dropout": model_args.lora_dropout if model_args.use_peft else None,
+        "dtype": model_args.dtype,
+        "dataset": script_args.dataset_name,
+        "benign_ratio": args.p2p_benign_ratio if args.p2p_enabled else 0.0,
+        "reserve": args.p2p_reserve,
+        "immunize": args.p2p_immunize if args.p2p_enabled else "none",
+        "benign_mode": args.p2p_benign_mode,
+        "suffix_mode": args.p2p_suffix_mode,
+        "trigger_position": args.p2p_trigger_position,
+        "asr_rule": measured_rule,
+        "append_eos": args.p2p_append_eos,
+        "chat": args.p2p_chat,
+        "lora_r": model_args.lora_r if model_args.use_peft else None,
+        "lora_target_modules": model_args.lora_target_modules if model_args.use_peft else None,
+        "learning_rate": args.learning_rate,
+        "epochs": args.num_train_epochs,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "bf16": args.bf16,
+        "poison_seed": script_args.poison_seed,
+    }
+
+
+def _epochs(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {key.removeprefix("eval_"): value for key, value in entry.items()} for entry in history if "eval_ca" in entry
+    ]
