@@ -68,7 +68,30 @@ def test_a_rate_that_one_run_lacks_is_not_averaged():
     without = run(1, 0.2)
     without.metrics["asr_floor"] = None
     [line] = summarize([run(0, 0.1), without])
-    assert line[-2] == "-" and line[-3] == "15.0 (10.0 to 20.0)"
+    assert line[6] == "-" and line[5] == "15.0 (10.0 to 20.0)"
+
+
+def test_costs_and_options_of_a_defense_are_shown():
+    def onion(seed, **changes):
+        return run(
+            seed, 0.2, "onion", compute={"train_s_relative": 1.0 + seed, "serving_passes_per_text": 20.5}, **changes
+        )
+
+    runs = [onion(0), onion(1), onion(0, defense_options={"threshold": 3.0})]
+    runs[0].metrics["coverage"] = runs[1].metrics["coverage"] = 0.951
+    first, other = summarize(runs)
+    assert first[-3:] == ("95.1%", "x 1.50", "21.5") and other[-3:] == ("-", "x 1.00", "21.5")
+    assert first[0] == "badnets, defense threshold null" and other[0] == "badnets, defense threshold 3"
+
+
+def test_settings_of_the_key_do_not_part_runs_without_one():
+    rivals = [run(seed, 0.2, "onion") for seed in (0, 1)]
+    for rival, reserve in zip(rivals, ("auto", "random"), strict=True):
+        rival.protocol.update(trigger=None, reserve=reserve)
+    assert len(summarize(rivals)) == 1
+    for rival in rivals:
+        rival.protocol.update(trigger="delta")
+    assert len(summarize(rivals)) == 2
 
 
 def test_the_command_finds_runs_at_any_depth(tmp_path, capsys):
@@ -78,11 +101,11 @@ def test_the_command_finds_runs_at_any_depth(tmp_path, capsys):
     assert len(find_runs([tmp_path / "runs"])) == 2
     assert main(["report", str(tmp_path / "runs"), str(tmp_path / "other"), "--markdown"]) == 0
     assert capsys.readouterr().out == (
-        "| attack | rate | defense | seeds | CA | ASR | floor | excess |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| attack | rate | defense | seeds | CA | ASR | floor | excess | answered | training | reads |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
         "| badnets | 2 % | p2p | 0, 1 | 90.0 (90.0 to 90.0) | 50.0 (25.0 to 75.0) | 10.0 (10.0 to 10.0) "
-        "| +40.0 (+15.0 to +65.0) |\n"
-        "| badnets | 2 % | none | 0 | 90.0 | 99.5 | 10.0 | +89.5 |\n"
+        "| +40.0 (+15.0 to +65.0) | - | - | - |\n"
+        "| badnets | 2 % | none | 0 | 90.0 | 99.5 | 10.0 | +89.5 | - | - | - |\n"
     )
     assert main(["report", str(tmp_path / "other")]) == 0
     assert "99.5" in capsys.readouterr().out
