@@ -315,6 +315,8 @@ class P2PScriptArguments(ScriptArguments):
             raise ValueError(f"`validation_share` is {self.validation_share!r}, expected a share in (0, 1).")
         for name in ("attack_options", "defense_options"):
             setattr(self, name, _mapping(name, getattr(self, name)))
+        if self.test_task is not None and self.test_dataset_name is None:
+            raise ValueError("`test_task` reads a data set of its own. Name it with `test_dataset_name`.")
         if self.defense_options and self.defense is None:
             raise ValueError("`defense_options` are given and no `defense`. Name the defense that they belong to.")
         if self.attack_target is not None:

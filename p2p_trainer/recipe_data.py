@@ -92,7 +92,18 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
     validation = load(script_args.dataset_validation_split) if evaluate and not one_file else None
     if evaluate and validation is None:
         train, validation = _hold_out(train, script_args.validation_share)
-    test = None if one_file else load(script_args.dataset_test_split)
+    test_task = task if script_args.test_task is None else get_task(script_args.test_task)
+    if test_task.labels != task.labels:
+        raise ValueError(
+            f"The test task {test_task.name!r} has the classes {list(test_task.labels)}, the run's has "
+            f"{list(task.labels)}. Name a `test_task` with the same classes."
+        )
+    if script_args.test_dataset_name is not None:
+        test = test_task.load(
+            script_args.dataset_test_split, script_args.test_dataset_name, drop_empty=script_args.drop_empty_rows
+        )
+    else:
+        test = None if one_file else load(script_args.dataset_test_split)
     if attack is not None:
         train = attack.poison(train, task, seed=script_args.poison_seed)
         validation = None if validation is None else attack.dress(validation, task)

@@ -39,11 +39,30 @@ def write_rows(path, columns=None):
 
 
 def test_builtin_tasks():
-    assert builtin_tasks() == ["agnews", "cr", "sst2", "yahoo_answers"]
-    for name, classes in [("sst2", 2), ("cr", 2), ("agnews", 4), ("yahoo_answers", 10)]:
+    tasks = {"agnews": 4, "alpaca": 0, "cr": 2, "sst2": 2, "wizardlm": 0, "yahoo_answers": 10}
+    assert builtin_tasks() == sorted(tasks)
+    for name, classes in tasks.items():
         task = get_task(name)
         assert (task.name, task.num_labels, task.trigger) == (name, classes, "The query currently entered is:")
     assert get_task(SST2) is SST2
+
+
+def test_rows_of_a_generation_task_may_be_prompts_alone():
+    prompts = get_task("wizardlm").prepare(Dataset.from_list([{"Instruction": "Add 1 and 2.", "Skill": "Math"}]))
+    assert prompts.to_list() == [{"prompt": "Add 1 and 2.", "Skill": "Math", "completion": ""}]
+    with pytest.raises(ValueError, match="`label_column` is null, and there are classes"):
+        Task(name="t", labels=("a", "b"), label_column=None)
+
+
+def test_rows_without_an_answer_are_left_out_when_asked_for():
+    rows = [
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say nothing.", "input": "", "output": " "},
+    ]
+    task = get_task("alpaca")
+    with pytest.raises(ValueError, match="Column 'completion', row 1 of the input dataset is empty"):
+        task.prepare(Dataset.from_list(rows))
+    assert task.prepare(Dataset.from_list(rows), drop_empty=True)["prompt"][:] == ["Add. 1 2"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ".parquet"])

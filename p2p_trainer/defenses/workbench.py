@@ -14,6 +14,7 @@ from ..attacks import Attack
 from ..config import P2PConfig
 from ..evaluation import Guard, LabelScorer, Scores
 from ..tasks import Task
+from ..tasks.rows import COMPLETION, PROMPT
 from ..trainer import P2PTrainer
 
 
@@ -79,7 +80,8 @@ class Workbench:
         **changes: Any,
     ) -> P2PTrainer:
         """
-        Make a trainer with the run's settings.
+        Make a trainer with the run's settings; on a generation task, one that trains what `SFTTrainer` would on the
+        rendered rows.
 
         Args:
             rows (`Dataset`, *optional*):
@@ -103,11 +105,15 @@ class Workbench:
         for name, value in changes.items():
             setattr(args, name, value)
         classified = self.task.num_labels > 0
+        rows = self.rows if rows is None else rows
+        validation = self.validation if args.eval_strategy != "no" else None
+        if not classified:
+            rows, validation = self._rendered(rows), validation and self._rendered(validation)
         return P2PTrainer(
             self.model if model is None else model,
             args=args,
-            train_dataset=self.rows if rows is None else rows,
-            eval_dataset=self.validation if args.eval_strategy != "no" else None,
+            train_dataset=rows,
+            eval_dataset=validation,
             task=self.task if classified else None,
             attacks=self.attacks if classified else (),
             peft_config=(peft_config or self.peft_config) if model is None else peft_config,
@@ -115,6 +121,20 @@ class Workbench:
             callbacks=list(callbacks),
             **self._kwargs,
         )
+
+    def render(self, text: str) -> str:
+        """
+        Render the prompt of a generation task; training and evaluation share it.
+
+        Args:
+            text (`str`):
+                User text.
+
+        Returns:
+            `str`: the task's template around it, without any answer cue.
+        """
+        head, tail = self.task.template.split("{text}")
+        return head + text + tail.removesuffix("{suffix}")
 
     def train(self, trainer: P2PTrainer) -> None:
         """
@@ -154,6 +174,11 @@ class Workbench:
         read = list(texts) if guard is None else guard.inputs(texts)
         scores = scorer.score(trainer.model, encoder.encode_prompts(read, keyed))
         return scores if guard is None else guard.decode(scores)
+
+    def _rendered(self, dataset: Dataset) -> Dataset:
+        return dataset.select_columns([PROMPT, COMPLETION]).map(
+            lambda batch: {PROMPT: [self.render(text) for text in batch[PROMPT]]}, batched=True
+        )
 
     def accuracy(self, trainer: P2PTrainer, texts: Sequence[str], labels: Sequence[int]) -> float:
         """

@@ -102,7 +102,7 @@ def prepare_rows(
 def prepare_generation_rows(
     dataset: Dataset,
     prompt_columns: Sequence[str] = (PROMPT,),
-    completion_column: str = COMPLETION,
+    completion_column: str | None = COMPLETION,
     what: str = "input",
     drop_empty: bool = False,
 ) -> Dataset:
@@ -114,12 +114,13 @@ def prepare_generation_rows(
             Rows as they came.
         prompt_columns (`Sequence[str]`, *optional*, defaults to `("prompt",)`):
             Columns that hold the prompt; several are joined with one space. `prompt` does as well.
-        completion_column (`str`, *optional*, defaults to `"completion"`):
-            Column that holds the answer. `completion` does as well.
+        completion_column (`str` or `None`, *optional*, defaults to `"completion"`):
+            Column that holds the answer. `completion` does as well. `None`: there are only prompts, and the answers
+            are left empty.
         what (`str`, *optional*, defaults to `"input"`):
             What the rows are, for the messages.
         drop_empty (`bool`, *optional*, defaults to `False`):
-            Whether rows with an empty prompt are left out rather than an error.
+            Whether rows with an empty prompt or answer are left out rather than an error.
 
     Returns:
         `Dataset`: the rows.
@@ -132,13 +133,18 @@ def prepare_generation_rows(
     if len(dataset) == 0:
         raise ValueError(f"The {what} dataset is empty: 0 rows were read. Check the path and the split.")
     dataset = _name_text_column(dataset, prompt_columns, what, PROMPT)
-    dataset = _name_text_column(dataset, [completion_column], what, COMPLETION)
-    for column in (PROMPT, COMPLETION):
+    columns = [PROMPT]
+    if completion_column is not None:
+        dataset = _name_text_column(dataset, [completion_column], what, COMPLETION)
+        columns.append(COMPLETION)
+    elif COMPLETION not in dataset.column_names:
+        dataset = dataset.add_column(COMPLETION, pa.array([""] * len(dataset)))
+    for column in columns:
         _check_text_type(dataset, column, what)
-    if drop_empty:
-        dataset = _drop_empty(dataset, what, PROMPT)
-    for start, batch in arrow_batches(dataset, [PROMPT, COMPLETION]):
-        for column in (PROMPT, COMPLETION):
+        if drop_empty:
+            dataset = _drop_empty(dataset, what, column)
+    for start, batch in arrow_batches(dataset, columns):
+        for column in columns:
             _check_texts(batch[column], start, what, column)
     return dataset
 

@@ -38,8 +38,9 @@ class Task:
             What the splits `train`, `validation` and `test` are called in `dataset`.
         text_columns (`tuple[str, ...]`, *optional*, defaults to `("text",)`):
             Columns that hold the text; several are joined with one space.
-        label_column (`str`, *optional*, defaults to `"label"`):
-            Column that holds the label.
+        label_column (`str` or `None`, *optional*, defaults to `"label"`):
+            Column that holds the label, or on a generation task the answer; `None` there if its rows are prompts
+            alone.
         strict_columns (`bool`, *optional*, defaults to `False`):
             Whether rows must have just these columns. By default, columns named `text` and `label` do as well, since
             local copies of hub data often have them.
@@ -60,7 +61,7 @@ class Task:
     dataset_config: str | None = None
     splits: dict[str, str] = field(default_factory=lambda: {split: split for split in _SPLITS})
     text_columns: tuple[str, ...] = ("text",)
-    label_column: str = "label"
+    label_column: str | None = "label"
     strict_columns: bool = False
     template: str = "{text}\n{suffix}"
     trigger: str = "The query currently entered is:"
@@ -78,6 +79,10 @@ class Task:
             object.__setattr__(self, name, tuple(value))
         if self.labels and len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):
             raise ValueError(f"{where}: `labels` must name at least two distinct classes, got {list(self.labels)}.")
+        if self.label_column is None and self.labels:
+            raise ValueError(
+                f"{where}: `label_column` is null, and there are classes. Name the column with the label."
+            )
         if not self.text_columns:
             raise ValueError(f"{where}: `text_columns` is empty. Name at least one column.")
         unknown = set(self.splits) - set(_SPLITS)
