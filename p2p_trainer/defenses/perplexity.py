@@ -1,0 +1,180 @@
+"""Perplexity of texts under a causal language model, batched and masked."""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokens per forward pass, padding included: the logits of long texts must not fill the memory.
+_BATCH_TOKENS = 4096
+
+
+class PerplexityModel:
+    """
+    Measures how odd a causal language model finds texts: exp of the mean negative log-likelihood of their tokens.
+
+    The mean is over real tokens only, in float64; padding stands on the right and is masked. The first token is scored
+    behind the tokenizer's BOS token, or its EOS token if it has no BOS; a tokenizer that has neither leaves the first
+    token without a score. A text without any scored token has perplexity 1. Weights are held in float32, so that a
+    result does not depend on its batch beyond rounding.
+
+    The model is loaded when it is first needed, onto the accelerator if there is one; it is not pickled.
+
+    Args:
+        name (`str`):
+            Folder or hub id of the model, with weights in safetensors.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Most texts per forward pass; fewer where they are long.
+    """
+
+    def __init__(self, name: str, batch_size: int = 32) -> None:
+        self.name = name
+        self.batch_size = batch_size
+        # Texts that the model has read so far.
+        self.passes = 0
+        self._loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_loaded": None}
+
+    def check(self) -> None:
+        """
+        Look whether the model is there, without loading its weights.
+
+        Raises:
+            `ValueError`: configuration or tokenizer can't be loaded, or it is no causal language model.
+        """
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
+
+        try:
+            config = AutoConfig.from_pretrained(self.name)
+            AutoTokenizer.from_pretrained(self.name)
+        except Exception as error:  # a missing folder, a refused connection and a missing file end in the same remedy
+            raise self._missing(error) from error
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ValueError(
+                f"The perplexity model {self.name!r} is of type {config.model_type!r}, which has no causal language "
+                f"model. Name one such as GPT-2 with the option `model`."
+            )
+
+    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """
+        Load the model, unless it is loaded already.
+
+        Returns:
+            `tuple[PreTrainedModel, PreTrainedTokenizerBase]`: model, in evaluation mode, and tokenizer.
+
+        Raises:
+            `ValueError`: it can't be loaded.
+        """
+        if self._loaded is not None:
+            return self._loaded
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.name)
+            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32, use_safetensors=True)
+        except Exception as error:  # as in `check`
+            raise self._missing(error) from error
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        self._loaded = model.to(accelerator or "cpu").eval(), tokenizer
+        return self._loaded
+
+    @cached_property
+    def context(self) -> list[int]:
+        """`list[int]`: the token in front of every text, none if the tokenizer has no such token."""
+        _, tokenizer = self.load()
+        token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return [] if token is None else [token]
+
+    @property
+    def max_tokens(self) -> int | None:
+        """`int` or `None`: tokens that the model can read at once; `None` if its configuration sets no limit."""
+        return getattr(self.load()[0].config.get_text_config(), "max_position_embeddings", None)
+
+    def fits(self, text: str) -> bool:
+        """
+        Say whether the model can read a text in one piece.
+
+        Args:
+            text (`str`):
+                Text.
+
+        Returns:
+            `bool`: whether it can.
+        """
+        return self.max_tokens is None or len(self._encode([text])[0]) <= self.max_tokens
+
+    def perplexities(self, texts: Sequence[str]) -> np.ndarray:
+        """
+        Measure texts.
+
+        Args:
+            texts (`Sequence[str]`):
+                Texts. Tokens beyond [`max_tokens`] are not read.
+
+        Returns:
+            `np.ndarray` of shape `(texts,)`, float64: perplexities.
+        """
+        rows = [row[: self.max_tokens] for row in self._encode(texts)] if texts else []
+        losses = np.zeros(len(rows))
+        # Of a single token nothing is scored.
+        order = sorted((row for row in range(len(rows)) if len(rows[row]) > 1), key=lambda row: (len(rows[row]), row))
+        for batch in self._batches(order, rows):
+            losses[batch] = self._mean_nll([rows[row] for row in batch])
+            self.passes += len(batch)
+        return np.exp(losses)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        _, tokenizer = self.load()
+        # Not verbose: the caller sees to texts that are too long.
+        encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+        return [self.context + ids for ids in encoded["input_ids"]]
+
+    def _batches(self, order: Sequence[int], rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        batch: list[int] = []
+        for row in order:
+            # Sorted by length: this row would be the longest.
+            if len(batch) == self.batch_size or (batch and (len(batch) + 1) * len(rows[row]) > _BATCH_TOKENS):
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _mean_nll(self, rows: Sequence[Sequence[int]]) -> np.ndarray:
+        import torch
+        from torch.nn.functional import cross_entropy
+
+        model, _ = self.load()
+        width = max(map(len, rows))
+        # Masked, so any token will do as padding.
+        ids = torch.tensor([list(row) + [0] * (width - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        device = next(model.parameters()).device
+        ids = ids.to(device)
+        with torch.inference_mode():
+            logits = model(input_ids=ids, attention_mask=mask.to(device), use_cache=False).logits
+            losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        scored = mask[:, 1:].numpy()
+        losses = losses.view(len(rows), -1).cpu().numpy().astype(np.float64)
+        return np.where(scored, losses, 0.0).sum(axis=1) / scored.sum(axis=1)
+
+    def _missing(self, error: Exception) -> ValueError:
+        path = Path(self.name).expanduser().resolve()
+        problem = (
+            "can't be loaded" if path.is_dir() else f"is no local folder (looked at {path}) and can't be had from the "
+            "Hugging Face Hub"
+        )  # fmt: skip
+        reason = (str(error).strip().splitlines() or ["no details"])[0][:200]
+        return ValueError(
+            f"The perplexity model {self.name!r} {problem} ({type(error).__name__}: {reason}). Name the folder of a "
+            f"small causal language model, with weights in safetensors, with the option `model`."
+        )
