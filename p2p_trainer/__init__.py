@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .callbacks import BackdoorEvalCallback
     from .config import P2PConfig, P2PScriptArguments
     from .data_collator import P2PDataCollator
+    from .defenses import Defense, get_defense
     from .evaluation import BackdoorEvaluator
     from .inference import DefendedModel
     from .label_space import LabelSpace
@@ -23,6 +24,7 @@ _HOMES = {
     "BackdoorEvalCallback": "callbacks",
     "BackdoorEvaluator": "evaluation",
     "DefendedModel": "inference",
+    "Defense": "defenses",
     "LabelSpace": "label_space",
     "P2PConfig": "config",
     "P2PDataCollator": "data_collator",
@@ -33,6 +35,7 @@ _HOMES = {
     "ReserveStrategy": "reserve",
     "Task": "tasks",
     "get_attack": "attacks",
+    "get_defense": "defenses",
     "get_task": "tasks",
 }
 
@@ -41,6 +44,7 @@ __all__ = [
     "BackdoorEvalCallback",
     "BackdoorEvaluator",
     "DefendedModel",
+    "Defense",
     "LabelSpace",
     "P2PConfig",
     "P2PDataCollator",
@@ -51,6 +55,7 @@ __all__ = [
     "ReserveStrategy",
     "Task",
     "get_attack",
+    "get_defense",
     "get_task",
 ]
 

@@ -21,12 +21,27 @@ def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     Returns:
         `Path`: the file.
     """
+    return write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """
+    Write a text file so that a kill leaves either the old or the new one.
+
+    Args:
+        path (`Path`):
+            The file; its folder is created.
+        text (`str`):
+            Its content.
+
+    Returns:
+        `Path`: the file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-            file.write("\n")
+            file.write(text)
         os.chmod(aside, 0o644)
         os.replace(aside, path)
     except BaseException:

@@ -267,6 +267,10 @@ class P2PScriptArguments(ScriptArguments):
             to the `p2p_` settings.
         defense_options (`dict` or `None`, *optional*):
             Options of the defense; JSON on the command line.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Longest answer that is generated to measure a generation task, in tokens.
+        judge_model (`str` or `None`, *optional*):
+            Folder or hub id of an instruct model that judges whether generated answers follow their instructions.
         test_dataset_name (`str` or `None`, *optional*):
             Hub id, local folder or file with the test rows, where they are another data set's.
         test_task (`str` or `None`, *optional*):
@@ -303,6 +307,12 @@ class P2PScriptArguments(ScriptArguments):
         metadata={"help": "Defense: a name or package.module:Class. By default what the p2p_ settings say."},
     )
     defense_options: dict | str | None = field(default=None, metadata={"help": "Options of the defense (JSON)."})
+    max_new_tokens: int = field(
+        default=64, metadata={"help": "Longest answer that is generated to measure, in tokens."}
+    )
+    judge_model: str | None = field(
+        default=None, metadata={"help": "Instruct model that judges whether answers follow their instructions."}
+    )
     test_dataset_name: str | None = field(
         default=None, metadata={"help": "Where the test rows are, if they are another data set's."}
     )
@@ -315,6 +325,8 @@ class P2PScriptArguments(ScriptArguments):
             raise ValueError(f"`validation_share` is {self.validation_share!r}, expected a share in (0, 1).")
         for name in ("attack_options", "defense_options"):
             setattr(self, name, _mapping(name, getattr(self, name)))
+        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` is {self.max_new_tokens!r}, expected a number of tokens.")
         if self.test_task is not None and self.test_dataset_name is None:
             raise ValueError("`test_task` reads a data set of its own. Name it with `test_dataset_name`.")
         if self.defense_options and self.defense is None:

@@ -13,8 +13,8 @@ from ._files import write_json
 from .config import P2PConfig, P2PScriptArguments
 from .defenses import Defense, Workbench, get_defense
 from .defenses.p2p import Configured
-from .evaluation import EvaluationReport
 from .recipe_data import RecipeData, load_data, with_oracle
+from .recipe_measure import measure
 from .recipe_results import collect
 from .report import results_table
 from .results import RunResults
@@ -177,7 +177,8 @@ def train(prepared: PreparedRun) -> RunResults:
     before_test = time.monotonic()
     trainer.guard = defense.guard
     trainer.save_model(output_dir)
-    measured, rule = _measure(prepared, trainer)
+    script_args, args, _ = prepared.arguments
+    measured = measure(script_args, args, prepared.data, trainer, defense, prepared.bench)
     results = collect(
         prepared.arguments,
         prepared.data,
@@ -185,7 +186,6 @@ def train(prepared: PreparedRun) -> RunResults:
         defense,
         prepared.bench,
         measured,
-        rule,
         timing={
             "prepare_s": prepared.seconds,
             "train_s": before_test - before_training,
@@ -193,20 +193,16 @@ def train(prepared: PreparedRun) -> RunResults:
         },
     )
     if trainer.is_world_process_zero():
+        if measured is not None:
+            measured.save(output_dir)
         results.save(output_dir)
         console = Console()
         console.print(results_table({Path(output_dir).name: results}))
+        if measured is not None and measured.table is not None:
+            console.print(measured.table)
         console.print(f"Saved to {output_dir}: model, tokenizer, p2p_config.json, results.json")
     trainer.end()
     return results
-
-
-def _measure(prepared: PreparedRun, trainer: P2PTrainer) -> tuple[EvaluationReport | None, str | None]:
-    """Measure on the test rows; returns the report and the rule of its headline."""
-    if prepared.data.test is None:
-        return None, None
-    evaluator = trainer.make_evaluator(prepared.data.test, trainer.args)
-    return evaluator.evaluate(trainer.model), evaluator.asr_rule
 
 
 def model_location(model: str | None) -> str:

@@ -34,6 +34,8 @@ class RecipeData:
             Clean rows to watch and choose on; `None` if nothing is evaluated while training.
         test (`Dataset` or `None`):
             Clean rows for the final numbers.
+        test_task ([`~tasks.Task`]):
+            The task that read them.
     """
 
     task: Task
@@ -41,6 +43,7 @@ class RecipeData:
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
+    test_task: Task
 
 
 def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
@@ -108,7 +111,7 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
         train = attack.poison(train, task, seed=script_args.poison_seed)
         validation = None if validation is None else attack.dress(validation, task)
         test = None if test is None else attack.dress(test, task)
-    return RecipeData(task, attack, train, validation, test)
+    return RecipeData(task, attack, train, validation, test, test_task)
 
 
 def _check_recordable(attack: Attack) -> None:

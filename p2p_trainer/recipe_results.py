@@ -6,11 +6,10 @@ from trl import ModelConfig
 
 from .config import P2PConfig, P2PScriptArguments
 from .defenses import Defense, Workbench
-from .evaluation import EvaluationReport
-from .prompt_encoder import PromptEncoder
 from .recipe_data import RecipeData
+from .recipe_measure import Measurement
 from .results import RunResults
-from .tasks import Task
+from .tasks.rows import column_as_numpy
 from .trainer import P2PTrainer
 from .training_set import describe
 
@@ -24,8 +23,7 @@ def collect(
     trainer: P2PTrainer,
     defense: Defense,
     bench: Workbench,
-    measured: EvaluationReport | None,
-    rule: str | None,
+    measured: Measurement | None,
     timing: dict[str, float],
 ) -> RunResults:
     """
@@ -42,10 +40,8 @@ def collect(
             The defense.
         bench ([`~defenses.Workbench`]):
             What it trained with.
-        measured ([`~evaluation.EvaluationReport`] or `None`):
+        measured ([`~recipe_measure.Measurement`] or `None`):
             Numbers on the test rows.
-        rule (`str` or `None`):
-            Rule of their headline.
         timing (`dict[str, float]`):
             Seconds.
 
@@ -64,12 +60,13 @@ def collect(
         defense_options=settings,
         defense_report=defense.found,
         seed=args.seed,
-        protocol=_protocol(arguments, data.task, trainer.encoder, measured_rule=rule),
-        metrics={} if measured is None else measured.metrics,
-        counts={**_training_counts(trainer, data), **({} if measured is None else measured.counts)},
+        protocol=_protocol(arguments, data, trainer, measured),
+        metrics={} if measured is None else measured.report.metrics,
+        counts={**_training_counts(trainer, data), **({} if measured is None else measured.report.counts)},
         epochs=_epochs(trainer.state.log_history),
         suspected_triggers=[] if screening is None else [describe(found, data.task) for found in screening.triggers],
-        confidence={} if measured is None else measured.confidence,
+        confidence={} if measured is None else measured.report.confidence,
+        response_matrix={} if measured is None else measured.matrix,
         compute=_compute(args, data, defense, bench),
         timing=timing,
     )
@@ -88,6 +85,11 @@ def _compute(args: P2PConfig, data: RecipeData, defense: Defense, bench: Workben
 
 
 def _training_counts(trainer: P2PTrainer, data: RecipeData) -> dict[str, int]:
+    if trainer.encoder is None:
+        counts = {"rows_train": len(data.train)}
+        if "poisoned" in data.train.column_names:
+            counts["rows_poisoned"] = int(column_as_numpy(data.train, "poisoned").sum())
+        return counts
     unknown = 0 if data.attack is None else data.attack.rows_unknown
     if not unknown:
         return trainer.counts
@@ -103,29 +105,17 @@ def _defense(args: P2PConfig) -> str:
     return "p2p_auto" if "auto" in (args.p2p_immunize, args.p2p_reserve) else "p2p"
 
 
-def _protocol(arguments: Arguments, task: Task, encoder: PromptEncoder, measured_rule: str | None) -> dict[str, Any]:
+def _protocol(
+    arguments: Arguments, data: RecipeData, trainer: P2PTrainer, measured: Measurement | None
+) -> dict[str, Any]:
     script_args, args, model_args = arguments
-    prompt_format = encoder.format
-    return {
-        "task_version": task.version,
-        "trigger": prompt_format.trigger if args.p2p_enabled else None,
-        "suffix": prompt_format.suffix,
-        "keyed_suffix": prompt_format.keyed_suffix if args.p2p_enabled else None,
-        "label_words": prompt_format.label_space.all_words,
-        "max_length": prompt_format.max_length,
+    settings = {
+        "task_version": data.task.version,
+        "max_length": args.max_length,
         "lora_alpha": model_args.lora_alpha if model_args.use_peft else None,
         "lora_dropout": model_args.lora_dropout if model_args.use_peft else None,
         "dtype": model_args.dtype,
         "dataset": script_args.dataset_name,
-        "benign_ratio": args.p2p_benign_ratio if args.p2p_enabled else 0.0,
-        "reserve": args.p2p_reserve,
-        "immunize": args.p2p_immunize if args.p2p_enabled else "none",
-        "benign_mode": args.p2p_benign_mode,
-        "suffix_mode": args.p2p_suffix_mode,
-        "trigger_position": args.p2p_trigger_position,
-        "asr_rule": measured_rule,
-        "append_eos": args.p2p_append_eos,
-        "chat": args.p2p_chat,
         "lora_r": model_args.lora_r if model_args.use_peft else None,
         "lora_target_modules": model_args.lora_target_modules if model_args.use_peft else None,
         "learning_rate": args.learning_rate,
@@ -133,6 +123,32 @@ def _protocol(arguments: Arguments, task: Task, encoder: PromptEncoder, measured
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "bf16": args.bf16,
         "poison_seed": script_args.poison_seed,
+    }
+    if trainer.encoder is None:
+        return {
+            **settings,
+            "trigger": None,
+            "test_task": data.test_task.name,
+            "test_dataset": script_args.test_dataset_name,
+            "max_new_tokens": script_args.max_new_tokens,
+            "judge_model": script_args.judge_model,
+        }
+    prompt_format = trainer.encoder.format
+    return {
+        **settings,
+        "trigger": prompt_format.trigger if args.p2p_enabled else None,
+        "suffix": prompt_format.suffix,
+        "keyed_suffix": prompt_format.keyed_suffix if args.p2p_enabled else None,
+        "label_words": prompt_format.label_space.all_words,
+        "benign_ratio": args.p2p_benign_ratio if args.p2p_enabled else 0.0,
+        "reserve": args.p2p_reserve,
+        "immunize": args.p2p_immunize if args.p2p_enabled else "none",
+        "benign_mode": args.p2p_benign_mode,
+        "suffix_mode": args.p2p_suffix_mode,
+        "trigger_position": args.p2p_trigger_position,
+        "asr_rule": None if measured is None else measured.rule,
+        "append_eos": args.p2p_append_eos,
+        "chat": args.p2p_chat,
     }
 
 

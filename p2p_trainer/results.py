@@ -56,6 +56,8 @@ class RunResults:
             relative to plain training), `preparation_passes` (texts that a model read before serving, outside
             training steps), `serving_passes_per_text` (texts that other models read per answer) and
             `serving_ms_per_text`.
+        response_matrix (`dict[str, dict[str, int]]`):
+            Of generated answers: trigger -> behaviour -> how many.
         timing (`dict[str, float]`):
             Seconds.
         versions (`dict[str, str]`):
@@ -78,6 +80,7 @@ class RunResults:
     defense_report: dict[str, Any] = field(default_factory=dict)
     confidence: dict[str, Any] = field(default_factory=dict)
     compute: dict[str, float] = field(default_factory=dict)
+    response_matrix: dict[str, dict[str, int]] = field(default_factory=dict)
     timing: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
     schema_version: int = RESULTS_SCHEMA_VERSION

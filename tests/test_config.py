@@ -7,6 +7,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from p2p_trainer import P2PConfig, P2PScriptArguments
+from p2p_trainer.defenses import get_defense
 from p2p_trainer.recipe import make_parser, parse
 from p2p_trainer.tasks import get_task
 from p2p_trainer.tasks.task import Task, builtin_tasks
@@ -197,8 +198,12 @@ def test_attack_options_are_json_on_the_command_line_and_a_mapping_in_yaml(tmp_p
 def test_every_recipe_parses_and_names_known_things(path, tmp_path):
     script, config, model = parse(["--config", str(path), "--output_dir", str(tmp_path)])
     task = get_task(script.task)
-    assert task.label_index(script.attack_target) < task.num_labels
+    assert not task.num_labels or task.label_index(script.attack_target) < task.num_labels
     assert config.p2p_enabled and model.use_peft
+    if script.defense is not None:
+        defense = get_defense(script.defense, **(script.defense_options or {}))
+        defense.check(task)
+        assert defense.config()["name"] == script.defense
     text = path.read_text(encoding="utf-8")
     assert text.startswith("#")
     # The demo's is not for users to launch; the others say which model they are for and how to launch them.
@@ -225,7 +230,9 @@ def test_every_accelerate_config_loads(path):
 @pytest.mark.parametrize("path", TASKS, ids=name)
 def test_every_task_loads(path):
     task = Task.from_yaml(path)
-    assert task == get_task(path.stem) and task.name == path.stem and task.dataset and task.version >= 1
+    assert task == get_task(path.stem) and task.name == path.stem and task.version >= 1
+    # The prompts of WizardLM have no home of their own on the hub.
+    assert task.dataset or path.stem == "wizardlm"
 
 
 def test_all_yaml_is_found():

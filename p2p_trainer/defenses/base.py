@@ -3,7 +3,7 @@
 import inspect
 import time
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -224,6 +224,16 @@ class Defense(Guard, ABC):
         found = self.screen(texts)
         self.compute.serving_s += time.monotonic() - started
         return found
+
+    def probes(self) -> dict[str, tuple[str | Callable[[str], str], str]]:
+        """
+        Name triggers of the defender's own, whose effect is measured on generation tasks.
+
+        Returns:
+            `dict[str, tuple[str or Callable[[str], str], str]]`: trigger -> how it gets into a prompt, and the phrase
+            that it makes the model answer.
+        """
+        return {}
 
     def config(self) -> dict[str, Any]:
         """

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from peft import PeftConfig
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..attacks import Attack
 from ..config import P2PConfig
@@ -136,12 +136,12 @@ class Workbench:
         head, tail = self.task.template.split("{text}")
         return head + text + tail.removesuffix("{suffix}")
 
-    def train(self, trainer: P2PTrainer) -> None:
+    def train(self, trainer: Trainer) -> None:
         """
         Train, and count what it took.
 
         Args:
-            trainer ([`P2PTrainer`]):
+            trainer (`Trainer`):
                 The trainer.
         """
         started = time.monotonic()

@@ -2,7 +2,10 @@
 
 from .evaluator import ASR_RULES, BackdoorEvaluator, EvaluationReport
 from .guard import Guard
+from .judging import Judge, LLMJudge, PayloadJudge, RefusalJudge
+from .outcomes import classify_outcomes
 from .rates import Rate, wilson_interval
+from .responses import ResponseEvaluator
 from .scorer import LabelScorer, Scores
 
 
@@ -11,8 +14,14 @@ __all__ = [
     "BackdoorEvaluator",
     "EvaluationReport",
     "Guard",
+    "Judge",
+    "LLMJudge",
     "LabelScorer",
+    "PayloadJudge",
     "Rate",
+    "RefusalJudge",
+    "ResponseEvaluator",
     "Scores",
+    "classify_outcomes",
     "wilson_interval",
 ]

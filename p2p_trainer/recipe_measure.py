@@ -1,0 +1,110 @@
+"""Measures a recipe's model on its test rows."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ._files import write_text
+from .config import P2PConfig, P2PScriptArguments
+from .defenses import Defense, Workbench
+from .evaluation import EvaluationReport, LLMJudge, ResponseEvaluator
+from .recipe_data import RecipeData
+from .tasks.rows import COMPLETION
+from .trainer import P2PTrainer
+
+
+RESPONSES_NAME = "responses.jsonl"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """
+    What was measured.
+
+    Parameters:
+        report ([`~evaluation.EvaluationReport`]):
+            Numbers.
+        rule (`str` or `None`, *optional*):
+            Rule of the headline; generated answers have none.
+        matrix (`dict[str, dict[str, int]]`, *optional*):
+            Trigger -> behaviour -> number of generated answers.
+        responses (`list[dict[str, Any]]`, *optional*):
+            The generated answers.
+        table (`rich.table.Table`, *optional*):
+            The matrix, to be shown.
+    """
+
+    report: EvaluationReport
+    rule: str | None = None
+    matrix: dict[str, dict[str, int]] = field(default_factory=dict)
+    responses: list[dict[str, Any]] = field(default_factory=list)
+    table: Table | None = None
+
+    def save(self, folder: str | Path) -> None:
+        """
+        Write the generated answers, one JSON object a line, for somebody to look at.
+
+        Args:
+            folder (`str` or `Path`):
+                Folder of the run.
+        """
+        if self.responses:
+            lines = "".join(json.dumps(response, ensure_ascii=False) + "\n" for response in self.responses)
+            write_text(Path(folder) / RESPONSES_NAME, lines)
+
+
+def measure(
+    script_args: P2PScriptArguments,
+    args: P2PConfig,
+    data: RecipeData,
+    trainer: P2PTrainer,
+    defense: Defense,
+    bench: Workbench,
+) -> Measurement | None:
+    """
+    Measure on the test rows, through the defense.
+
+    Args:
+        script_args ([`P2PScriptArguments`]):
+            Settings of the measurement.
+        args ([`P2PConfig`]):
+            Configuration.
+        data ([`~recipe_data.RecipeData`]):
+            Rows.
+        trainer ([`P2PTrainer`]):
+            Holds the trained model.
+        defense ([`~defenses.Defense`]):
+            The defense.
+        bench ([`~defenses.Workbench`]):
+            What it trained with.
+
+    Returns:
+        [`Measurement`] or `None`: the numbers; `None` if there are no test rows.
+    """
+    if data.test is None:
+        return None
+    if data.task.num_labels:
+        evaluator = trainer.make_evaluator(data.test, args)
+        return Measurement(evaluator.evaluate(trainer.model), evaluator.asr_rule)
+    # Rows of prompts alone have no true answers to compare with.
+    known = data.test_task.label_column is not None
+    judge = None if script_args.judge_model is None else LLMJudge(script_args.judge_model)
+    responses = ResponseEvaluator(
+        data.test if known else data.test.remove_columns(COMPLETION),
+        data.test_task,
+        trainer.processing_class,
+        bench.render,
+        [] if data.attack is None else [data.attack],
+        probes=defense.probes(),
+        guard=defense.guard,
+        max_new_tokens=script_args.max_new_tokens,
+        batch_size=args.per_device_eval_batch_size,
+        max_length=args.max_length,
+        followed=judge,
+        progress=not args.disable_tqdm,
+    )
+    report = responses.evaluate(trainer.model)
+    return Measurement(report, matrix=responses.matrix, responses=responses.responses, table=responses.matrix_table())
