@@ -219,13 +219,27 @@ def _report(argv: list[str]) -> int:
 
     from rich.console import Console
 
-    from .summary import find_runs, summarize, summary_markdown, summary_table
+    from .summary import (
+        OUTCOME_TITLES,
+        find_runs,
+        outcomes,
+        outcomes_table,
+        summarize,
+        summary_markdown,
+        summary_table,
+    )
 
-    lines = summarize(find_runs(arguments.folders).values())
+    runs = find_runs(arguments.folders).values()
+    lines, ends = summarize(runs), outcomes(runs)
     if arguments.markdown:
         sys.stdout.write(summary_markdown(lines))
+        if ends:
+            sys.stdout.write("\n" + summary_markdown(ends, OUTCOME_TITLES))
     else:
-        Console().print(summary_table(lines, "Test rows, percent: mean over seeds (lowest to highest)"))
+        console = Console()
+        console.print(summary_table(lines, "Test rows, percent: mean over seeds (lowest to highest)"))
+        if ends:
+            console.print(outcomes_table(ends))
     return 0
 
 

@@ -14,7 +14,7 @@ from .config import P2PConfig, P2PScriptArguments
 from .defenses import Defense, Workbench, get_defense
 from .defenses.p2p import Configured
 from .recipe_data import RecipeData, load_data, with_oracle
-from .recipe_measure import measure
+from .recipe_measure import measure, response_evaluator
 from .recipe_results import collect
 from .report import results_table
 from .results import RunResults
@@ -153,6 +153,8 @@ def prepare(script_args: P2PScriptArguments, training_args: P2PConfig, model_arg
         quantization_config=get_quantization_config(model_args),
     )
     trainer = defense.build(bench)
+    if data.test is not None and not data.task.num_labels:
+        response_evaluator(script_args, training_args, data, trainer, defense, bench)
     if trainer.is_world_process_zero():
         write_json(Path(training_args.output_dir) / RUN_NAME, settings)
     arguments = (script_args, training_args, model_args)

@@ -89,10 +89,46 @@ def measure(
     if data.task.num_labels:
         evaluator = trainer.make_evaluator(data.test, args)
         return Measurement(evaluator.evaluate(trainer.model), evaluator.asr_rule)
+    responses = response_evaluator(script_args, args, data, trainer, defense, bench)
+    report = responses.evaluate(trainer.model)
+    return Measurement(report, matrix=responses.matrix, responses=responses.responses, table=responses.matrix_table())
+
+
+def response_evaluator(
+    script_args: P2PScriptArguments,
+    args: P2PConfig,
+    data: RecipeData,
+    trainer: P2PTrainer,
+    defense: Defense,
+    bench: Workbench,
+) -> ResponseEvaluator:
+    """
+    Set up the measurement of a generation task; also done before training, since what is wrong shows here.
+
+    Args:
+        script_args ([`P2PScriptArguments`]):
+            Settings of the measurement.
+        args ([`P2PConfig`]):
+            Configuration.
+        data ([`~recipe_data.RecipeData`]):
+            Rows; there must be test rows.
+        trainer ([`P2PTrainer`]):
+            Has the tokenizer.
+        defense ([`~defenses.Defense`]):
+            The defense.
+        bench ([`~defenses.Workbench`]):
+            Renders prompts.
+
+    Returns:
+        [`~evaluation.ResponseEvaluator`]: the evaluator.
+    """
     # Rows of prompts alone have no true answers to compare with.
     known = data.test_task.label_column is not None
-    judge = None if script_args.judge_model is None else LLMJudge(script_args.judge_model)
-    responses = ResponseEvaluator(
+    judge = None
+    if script_args.judge_model is not None:
+        judge = LLMJudge(script_args.judge_model)
+        judge.check()
+    return ResponseEvaluator(
         data.test if known else data.test.remove_columns(COMPLETION),
         data.test_task,
         trainer.processing_class,
@@ -106,5 +142,3 @@ def measure(
         followed=judge,
         progress=not args.disable_tqdm,
     )
-    report = responses.evaluate(trainer.model)
-    return Measurement(report, matrix=responses.matrix, responses=responses.responses, table=responses.matrix_table())

@@ -8,11 +8,13 @@ from typing import Any
 
 from rich.table import Table
 
+from .evaluation import classify_outcomes
 from .results import RESULTS_NAME, RunResults
 
 
 _RATES = {"ca": "CA", "asr": "ASR", "asr_floor": "floor", "asr_excess": "excess"}
 _TITLES = ("attack", "rate", "defense", "seeds", *_RATES.values(), "answered", "training", "reads")
+OUTCOME_TITLES = ("attack", "defense", "seed", "ASR before", "ASR after", "re-routed", "outcome")
 
 # Settings that mean nothing where no row carries a key.
 _OF_THE_KEY = ("reserve", "benign_mode", "immunize", "suffix_mode", "trigger_position")
@@ -87,6 +89,57 @@ def summarize(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
     return lines
 
 
+def outcomes(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
+    """
+    Say what became of each backdoor on generation tasks (see [`~evaluation.outcomes.classify_outcome`]).
+
+    Args:
+        runs (`Iterable[RunResults]`):
+            Runs; the undefended run of the same settings and seed, if it is among them, tells what there was to erase.
+
+    Returns:
+        `list[tuple[str, ...]]`: for each defended run attack, defense, seed, attack success rate without and with the
+        defense, share of triggered prompts answered with a defender's phrase, and the outcome.
+    """
+    generated = [run for run in runs if run.attack and run.response_matrix]
+    undefended = {_without_defense(run): run.metrics for run in generated if run.defense == "none"}
+    lines = []
+    for run in generated:
+        if run.defense == "none":
+            continue
+        before = undefended.get(_without_defense(run))
+        [name] = [key for key in run.response_matrix if f"asr_{key}" in run.metrics]
+        found = classify_outcomes(run.metrics, [name], before)
+        rates = (before and before["asr"], run.metrics["asr"], run.metrics["rerouted"])
+        shown = ("-" if rate is None else f"{rate:.1%}" for rate in rates)
+        lines.append((name, run.defense, str(run.seed), *shown, found[name]))
+    return lines
+
+
+def _without_defense(run: RunResults) -> str:
+    kept = {key: value for key, value in _settings(run).items() if key.split()[0] != "defense"}
+    return json.dumps({**kept, "seed": run.seed}, sort_keys=True)
+
+
+def outcomes_table(lines: Sequence[tuple[str, ...]]) -> Table:
+    """
+    Show outcomes in a terminal.
+
+    Args:
+        lines (`Sequence[tuple[str, ...]]`):
+            What [`outcomes`] returned.
+
+    Returns:
+        `rich.table.Table`: the table.
+    """
+    table = Table(title="What became of each backdoor")
+    for name in OUTCOME_TITLES:
+        table.add_column(name)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
 def summary_table(lines: Sequence[tuple[str, ...]], title: str) -> Table:
     """
     Show lines in a terminal.
@@ -108,18 +161,20 @@ def summary_table(lines: Sequence[tuple[str, ...]], title: str) -> Table:
     return table
 
 
-def summary_markdown(lines: Sequence[tuple[str, ...]]) -> str:
+def summary_markdown(lines: Sequence[tuple[str, ...]], titles: Sequence[str] = _TITLES) -> str:
     """
     Write lines as a Markdown table.
 
     Args:
         lines (`Sequence[tuple[str, ...]]`):
-            What [`summarize`] returned.
+            What [`summarize`] or [`outcomes`] returned.
+        titles (`Sequence[str]`, *optional*):
+            Titles of the columns, by default those of [`summarize`].
 
     Returns:
         `str`: the table.
     """
-    rows = [_TITLES, tuple("---" for _ in _TITLES), *lines]
+    rows = [titles, tuple("---" for _ in titles), *lines]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from p2p_trainer.cli import main
 from p2p_trainer.results import RunResults
-from p2p_trainer.summary import find_runs, summarize, summary_markdown, summary_table
+from p2p_trainer.summary import find_runs, outcomes, summarize, summary_markdown, summary_table
 
 
 def run(seed, asr, defense="p2p", attack="badnets", **changes):
@@ -121,3 +121,45 @@ def test_table_and_markdown_hold_the_same_cells():
     console.print(summary_table(lines, "runs"))
     shown = console.export_text()
     assert all(cell in shown and cell in summary_markdown(lines) for line in lines for cell in line)
+
+
+def generated(defense, seed, asr_k, rerouted_k, **changes):
+    rates = {"asr": asr_k, "asr_floor": 0, "rerouted": rerouted_k}
+    metrics = {}
+    for key, k in rates.items():
+        for name in (key, f"{key}_badnets"):
+            metrics |= {name: k / 100, f"{name}_k": k, f"{name}_n": 100}
+    return RunResults(
+        task="alpaca", model="m", attack={"name": "badnets", "target": "No.", "poison_rate": 0.2}, defense=defense,
+        seed=seed, protocol={"trigger": None, "epochs": 2}, metrics=metrics, counts={},
+        response_matrix={"clean": {"badnets": 0}, "badnets": {"badnets": asr_k}}, **changes,
+    )  # fmt: skip
+
+
+def test_outcomes_are_judged_against_the_undefended_run_of_the_same_seed():
+    before = generated("none", 0, 90, 0)
+    after = [
+        generated("mb_defense", 0, 0, 0, defense_options={"lam": 1.0}),
+        generated("mb_defense", 0, 0, 80, defense_options={"lam": 2.0}),
+        generated("mb_defense", 0, 60, 0),
+        generated("mb_defense", 1, 20, 5),
+    ]
+    assert outcomes([before, *after, run(0, 0.5)]) == [
+        ("badnets", "mb_defense", "0", "90.0%", "0.0%", "0.0%", "erased"),
+        ("badnets", "mb_defense", "0", "90.0%", "0.0%", "80.0%", "re-routed"),
+        ("badnets", "mb_defense", "0", "90.0%", "60.0%", "0.0%", "persistent"),
+        ("badnets", "mb_defense", "1", "-", "20.0%", "5.0%", "partial"),
+    ]
+
+
+def test_the_report_adds_outcomes_where_there_are_some(tmp_path, capsys):
+    generated("none", 0, 90, 0).save(tmp_path / "none")
+    generated("mb_defense", 0, 0, 0).save(tmp_path / "mb")
+    assert main(["report", str(tmp_path), "--markdown"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "\n\n| attack | defense | seed | ASR before | ASR after | re-routed | outcome |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |\n"
+        "| badnets | mb_defense | 0 | 90.0% | 0.0% | 0.0% | erased |\n"
+    )
+    assert main(["report", str(tmp_path)]) == 0
+    assert "What became of each backdoor" in capsys.readouterr().out
