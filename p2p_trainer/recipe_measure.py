@@ -10,7 +10,7 @@ from rich.table import Table
 from ._files import write_text
 from .config import P2PConfig, P2PScriptArguments
 from .defenses import Defense, Workbench
-from .evaluation import EvaluationReport, LLMJudge, ResponseEvaluator
+from .evaluation import EvaluationReport, Guard, LLMJudge, ResponseEvaluator
 from .recipe_data import RecipeData
 from .tasks.rows import COMPLETION
 from .trainer import P2PTrainer
@@ -89,7 +89,7 @@ def measure(
     if data.task.num_labels:
         evaluator = trainer.make_evaluator(data.test, args)
         return Measurement(evaluator.evaluate(trainer.model), evaluator.asr_rule)
-    responses = response_evaluator(script_args, args, data, trainer, defense, bench)
+    responses = response_evaluator(script_args, args, data, trainer, defense, bench, defense.guard)
     report = responses.evaluate(trainer.model)
     return Measurement(report, matrix=responses.matrix, responses=responses.responses, table=responses.matrix_table())
 
@@ -101,6 +101,7 @@ def response_evaluator(
     trainer: P2PTrainer,
     defense: Defense,
     bench: Workbench,
+    guard: Guard | None = None,
 ) -> ResponseEvaluator:
     """
     Set up the measurement of a generation task; also done before training, since what is wrong shows here.
@@ -118,6 +119,8 @@ def response_evaluator(
             The defense.
         bench ([`~defenses.Workbench`]):
             Renders prompts.
+        guard ([`~evaluation.Guard`], *optional*):
+            What the defense does to texts; it takes its time.
 
     Returns:
         [`~evaluation.ResponseEvaluator`]: the evaluator.
@@ -135,7 +138,7 @@ def response_evaluator(
         bench.render,
         [] if data.attack is None else [data.attack],
         probes=defense.probes(),
-        guard=defense.guard,
+        guard=guard,
         max_new_tokens=script_args.max_new_tokens,
         batch_size=args.per_device_eval_batch_size,
         max_length=args.max_length,

@@ -105,7 +105,7 @@ def test_a_filter_with_its_threshold_guards_generated_answers(instructions, tiny
             {"defense": "mb_defense", "defense_options": {"pairs": [["mn", "the story is warm"]], "share": 0.05}},
             "mn",
         ),
-        ({"defense": "none", "max_new_tokens": 2}, "max_new_tokens"),
+        ({"defense": "none", "max_new_tokens": 1}, "max_new_tokens"),
     ],
     ids=lambda value: str(value)[:40],
 )
