@@ -148,7 +148,7 @@ def test_run_drops_the_poisoned_rows_and_trains_on_the_rest(tiny_model, tmp_path
     bench = bench_of(tiny_model, tmp_path, rows, save_strategy="epoch")
     first = defense.build(bench)
     second = defense.train(first, bench)
-    assert second is not first and second.guard is defense
+    assert second is not first and second.guard is None
     kept = [row["text"] for row in rows if not row["poisoned"]]
     assert len(kept) == 64 and second.train_dataset["text"][:] == kept
     # Ten epochs of 80 rows in batches of 8.

@@ -121,7 +121,7 @@ class BKI(Defense):
 
     def build(self, bench: Workbench) -> P2PTrainer:
         # This run is only looked into: it leaves nothing in the folder of the second one.
-        return bench.trainer(guard=self, save_strategy="no", eval_strategy="no", load_best_model_at_end=False)
+        return bench.trainer(save_strategy="no", eval_strategy="no", load_best_model_at_end=False)
 
     def train(self, trainer: P2PTrainer, bench: Workbench) -> P2PTrainer:
         bench.train(trainer)
@@ -134,7 +134,6 @@ class BKI(Defense):
             return trainer
         second = bench.trainer(
             rows=bench.rows.select(np.flatnonzero(~dropped)),
-            guard=self,
             max_steps=trainer.state.global_step,
             save_strategy="no",
             load_best_model_at_end=False,

@@ -118,7 +118,7 @@ class ModerateFitting(Defense):
                 )
             # Clipped where the generator's gradients are, and not on the way to them.
             changes["max_grad_norm"] = 0.0
-        trainer = bench.trainer(peft_config=adapter, guard=self, **changes)
+        trainer = bench.trainer(peft_config=adapter, **changes)
         weights = {name: weight for name, weight in trainer.model.named_parameters() if weight.requires_grad}
         self.found["lora_parameters"] = self.found["trainable_parameters"] = sum(map(torch.numel, weights.values()))
         if self.capacity == "reparam":
