@@ -14,6 +14,7 @@ from .launch import stay_offline_if_unreachable
 
 if TYPE_CHECKING:
     from .attacks import Attack
+    from .inference import DefendedModel
 
 _USAGE = """usage: p2p-trainer COMMAND ...
 
@@ -92,13 +93,13 @@ def _evaluate(argv: list[str]) -> int:
 
     from .attacks import get_attack
     from .evaluation import BackdoorEvaluator
-    from .inference import DefendedModel
     from .prompt_format import CONFIG_NAME, read_p2p_config
     from .report import metrics_table
     from .results import RESULTS_NAME, RunResults, without_nan
     from .tasks import Task, get_task
 
     folder = Path(arguments.folder)
+    _refuse_generation_run(folder, "evaluate")
     config = read_p2p_config(folder)
     if missing := {"task", "labels"} - set(config):
         raise ValueError(f"{folder / CONFIG_NAME} lacks {sorted(missing)}. Save the model again.")
@@ -119,19 +120,19 @@ def _evaluate(argv: list[str]) -> int:
         attack = _recorded_attack(run.attack)
     else:
         sys.stderr.write(f"{folder} names no attack: clean accuracy alone is measured. Name one with --attack.\n")
-    model = DefendedModel.from_pretrained(folder, device=arguments.device, base_model=arguments.base_model)
-    evaluator = BackdoorEvaluator(
-        rows,
-        task,
-        model.encoder,
-        attacks=[] if attack is None else [attack],
-        keyed=model.keyed,
-        asr_rule=arguments.asr_rule or (run and run.protocol["asr_rule"]) or "restricted",
-        batch_size=arguments.batch_size,
-        progress=True,
-        guard=model.guard,
-    )
+    model = _load(arguments)
     with model.autocast():
+        evaluator = BackdoorEvaluator(
+            rows,
+            task,
+            model.encoder,
+            attacks=[] if attack is None else [attack],
+            keyed=model.keyed,
+            asr_rule=arguments.asr_rule or (run and run.protocol["asr_rule"]) or "restricted",
+            batch_size=arguments.batch_size,
+            progress=True,
+            guard=model.guard,
+        )
         report = evaluator.evaluate(model.model)
     if arguments.json:
         found = without_nan({"metrics": report.metrics, "counts": report.counts})
@@ -150,8 +151,7 @@ def _predict(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, with all scores")
     arguments = parser.parse_args(argv)
 
-    from .inference import DefendedModel
-
+    _refuse_generation_run(Path(arguments.folder), "predict")
     texts = list(arguments.text or [])
     if arguments.file is not None:
         texts += _lines(Path(arguments.file).read_bytes(), arguments.file)
@@ -159,7 +159,7 @@ def _predict(argv: list[str]) -> int:
         texts = _lines(sys.stdin.buffer.read(), "standard input")
     if not texts:
         raise ValueError("There is no text to classify. Give --text, --file, or lines on standard input.")
-    model = DefendedModel.from_pretrained(arguments.folder, device=arguments.device, base_model=arguments.base_model)
+    model = _load(arguments)
     for text, answer in zip(texts, model.classify(texts, arguments.batch_size), strict=True):
         if arguments.json:
             sys.stdout.write(json.dumps({"text": text, **asdict(answer)}, ensure_ascii=False) + "\n")
@@ -268,7 +268,31 @@ def _saved_run_parser(command: str, description: str) -> argparse.ArgumentParser
     parser.add_argument("--base_model", help="base model of the adapter, if it has moved")
     parser.add_argument("--device", help="device to run on; by default the accelerator if there is one")
     parser.add_argument("--batch_size", type=int, default=32, help="rows per forward pass")
+    parser.add_argument("--defense", help="the run's defense, package.module:Class, if it is not this package's")
+    parser.add_argument("--defense_options", default="{}", help="options of the defense that have changed (JSON)")
     return parser
+
+
+def _load(arguments: argparse.Namespace) -> "DefendedModel":
+    from .inference import DefendedModel
+
+    return DefendedModel.from_pretrained(
+        arguments.folder,
+        device=arguments.device,
+        base_model=arguments.base_model,
+        defense=arguments.defense,
+        defense_options=_json_object(arguments.defense_options, "defense_options"),
+    )
+
+
+def _refuse_generation_run(folder: Path, command: str) -> None:
+    from .results import RESULTS_NAME, RunResults
+
+    if (folder / RESULTS_NAME).is_file() and RunResults.load(folder).response_matrix:
+        raise ValueError(
+            f"{str(folder)!r} is a run of a generation task, and `{command}` knows classification alone so far. Its "
+            f"answers stand in responses.jsonl; the adapter is loaded as any of PEFT's."
+        )
 
 
 def _recorded_attack(settings: Any) -> "Attack":
@@ -285,13 +309,13 @@ def _recorded_attack(settings: Any) -> "Attack":
     return get_attack(**settings)
 
 
-def _json_object(text: str) -> dict:
+def _json_object(text: str, name: str = "attack_options") -> dict:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"`--attack_options` is no JSON: {text!r} ({error}).") from error
+        raise ValueError(f"`--{name}` is no JSON: {text!r} ({error}).") from error
     if not isinstance(value, dict):
-        raise ValueError(f"`--attack_options` must be a JSON object, got {text!r}.")
+        raise ValueError(f"`--{name}` must be a JSON object, got {text!r}.")
     return value
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .assembly import count_overlong, load_tokenizer, make_encoder
+from .defenses import Workbench
 from .recipe import choose_defense, model_location, parse
 from .recipe_data import load_data, with_oracle
 from .reserve import flagged
@@ -57,7 +58,9 @@ def _plan(argv: Sequence[str], console: Console) -> int:
     found = {}
 
     def rows() -> str:
-        data = found["data"] = load_data(script_args, evaluate=args.eval_strategy != "no")
+        data = found["data"] = load_data(
+            script_args, evaluate=args.eval_strategy != "no", trusted=found["defense"].needs_validation
+        )
         sizes = {"train": data.train, "validation": data.validation, "test": data.test}
         return ", ".join(f"{name} {len(part)}" for name, part in sizes.items() if part is not None)
 
@@ -112,12 +115,19 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         cut = count_overlong(flagged(data.train, args.p2p_enabled), encoder)
         return f"{shown!r}\n{cut} training rows are longer than max_length {args.max_length} and lose their end"
 
+    def instruction() -> str:
+        data = found["data"]
+        bench = Workbench("", args, data.task, data.train)
+        return f"{bench.render(data.train[0]['prompt'])!r} -> {data.train[0]['completion']!r}"
+
     table.add_row("model", str(model_args.model_name_or_path))
     if row("defense", defense) and row("rows", rows):
         row("attack", poison)
         if row("reserve", reserve):
             row("steps", steps)
-        if row("label words", words):
+        if not found["data"].task.num_labels:
+            row("prompt", instruction)
+        elif row("label words", words):
             row("prompt", prompt)
     console.print(table)
     return 1 if problems else 0

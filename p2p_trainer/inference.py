@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,6 +15,7 @@ from .defenses import load_defense
 from .evaluation import Guard, LabelScorer
 from .prompt_encoder import PromptEncoder
 from .prompt_format import CONFIG_NAME, PromptFormat, read_p2p_config
+from .tasks import Task
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class DefendedModel:
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         base_model: str | None = None,
+        defense: str | None = None,
+        defense_options: dict[str, Any] | None = None,
     ) -> "DefendedModel":
         """
         Load a saved run: an adapter on its base model, or a whole model.
@@ -109,6 +113,12 @@ class DefendedModel:
                 Type of the weights, by default that of training. Matrix products run in the type that training used.
             base_model (`str`, *optional*):
                 Base model of an adapter, if it is no longer where the adapter says.
+
+            defense (`str`, *optional*):
+                Import path `package.module:Class` of the run's defense, if it is not this package's: no code is run
+                that only the folder names.
+            defense_options (`dict[str, Any]`, *optional*):
+                Options of the run's defense that have changed, such as where its language model is by now.
 
         Returns:
             [`DefendedModel`]: the model.
@@ -130,11 +140,13 @@ class DefendedModel:
         model.to(device).eval()
         autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config["autocast"])
         defended = cls(model, encoder, config["labels"], config["keyed"], autocast)
-        defense = load_defense(folder)
-        if defense is not None:
+        guard = load_defense(folder, defense, **(defense_options or {}))
+        if guard is not None:
+            # What it needs, a language model say, may have moved.
+            guard.check(Task(name="saved", labels=tuple(config["labels"])))
             with defended.autocast():
-                defense.attach(model, encoder)
-            defended.guard = defense
+                guard.attach(model, encoder)
+            defended.guard = guard
         return defended
 
     def classify(

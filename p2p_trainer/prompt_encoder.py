@@ -1,7 +1,7 @@
 """Binds the prompt format to a tokenizer: text to token ids, for training, evaluation and serving alike."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,7 +34,7 @@ class PromptEncoder:
         self.pad_token_id = pad_token_id(tokenizer)
         # Chat templates write the beginning-of-sequence token themselves.
         self._bos = [] if prompt_format.chat else _leading_tokens(tokenizer)
-        self._special = _special_token_pattern(tokenizer)
+        self._cleaner = special_token_cleaner(tokenizer)
         self._skeletons = {keyed: self._skeleton(keyed) for keyed in (False, True)}
         self.answers: dict[bool, Answers] = {
             keyed: self._audit(keyed, prompt_format.label_space.all_words) for keyed in (False, True)
@@ -205,8 +205,7 @@ class PromptEncoder:
         return self.format.max_length - self._overhead(True)
 
     def _clean(self, text: str) -> str:
-        # A text that spells a control token must stay text: it would end the turn, or the sequence.
-        return self._special.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text.strip())
+        return self._cleaner(text.strip())
 
     def _word(self, label: int, keyed: bool) -> str:
         return self.format.label_space.all_words[self._word_index(label, keyed)]
@@ -328,8 +327,19 @@ def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def _special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+def special_token_cleaner(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+    """
+    Build what keeps text text: one that spells a control token would end the turn, or the sequence.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`):
+            The tokenizer.
+
+    Returns:
+        `Callable[[str], str]`: puts a space behind the first character of each control token that a text spells.
+    """
     special = {str(token) for token in tokenizer.all_special_tokens}
     special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+    return lambda text: pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)

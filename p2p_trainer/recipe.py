@@ -1,5 +1,6 @@
 """What every recipe runs: data, attack, defense, training, measurement, results."""
 
+import json
 import logging
 import time
 from collections.abc import Sequence
@@ -13,11 +14,12 @@ from ._files import write_json
 from .config import P2PConfig, P2PScriptArguments
 from .defenses import Defense, Workbench, get_defense
 from .defenses.p2p import Configured
+from .evaluation import GUARD_NAME
 from .recipe_data import RecipeData, load_data, with_oracle
-from .recipe_measure import measure, response_evaluator
+from .recipe_measure import RESPONSES_NAME, measure, response_evaluator
 from .recipe_results import collect
 from .report import results_table
-from .results import RunResults
+from .results import RESULTS_NAME, RunResults
 from .run_folder import RUN_NAME, all_settings, claim
 from .tasks import Task, get_task
 from .trainer import P2PTrainer
@@ -109,6 +111,13 @@ def choose_defense(script_args: P2PScriptArguments, args: P2PConfig, task: Task)
         defense: Defense = Configured(args.p2p_enabled)
     else:
         defense = get_defense(script_args.defense, **(script_args.defense_options or {}))
+    try:
+        json.dumps(defense.config())
+    except TypeError as error:
+        raise ValueError(
+            f"The settings of the defense {defense.name!r} are no JSON values ({error}). Keep what is no setting in "
+            f"attributes that start with an underscore."
+        ) from error
     defense.check(task)
     defense.configure(args)
     if args.resume_from_checkpoint and not defense.resumable:
@@ -139,7 +148,7 @@ def prepare(script_args: P2PScriptArguments, training_args: P2PConfig, model_arg
     defense = choose_defense(script_args, training_args, get_task(script_args.task))
     settings = all_settings(script_args, training_args, model_args)
     checkpoint = claim(training_args, settings)
-    data = load_data(script_args, evaluate=training_args.eval_strategy != "no" or defense.needs_validation)
+    data = load_data(script_args, evaluate=training_args.eval_strategy != "no", trusted=defense.needs_validation)
     rows = defense.rows(with_oracle(data.train, training_args), data.task, training_args)
     bench = Workbench(
         model_name,
@@ -154,7 +163,7 @@ def prepare(script_args: P2PScriptArguments, training_args: P2PConfig, model_arg
     )
     trainer = defense.build(bench)
     if data.test is not None and not data.task.num_labels:
-        response_evaluator(script_args, training_args, data, trainer, defense, bench)
+        response_evaluator(script_args, training_args, data, trainer, defense, bench).check(trainer.model)
     if trainer.is_world_process_zero():
         write_json(Path(training_args.output_dir) / RUN_NAME, settings)
     arguments = (script_args, training_args, model_args)
@@ -195,14 +204,14 @@ def train(prepared: PreparedRun) -> RunResults:
         },
     )
     if trainer.is_world_process_zero():
-        if measured is not None:
-            measured.save(output_dir)
         results.save(output_dir)
         console = Console()
         console.print(results_table({Path(output_dir).name: results}))
         if measured is not None and measured.table is not None:
             console.print(measured.table)
-        console.print(f"Saved to {output_dir}: model, tokenizer, p2p_config.json, results.json")
+        files = ("p2p_config.json", GUARD_NAME, RESPONSES_NAME, RESULTS_NAME)
+        there = [name for name in files if (Path(output_dir) / name).is_file()]
+        console.print(f"Saved to {output_dir}: model, tokenizer, {', '.join(there)}")
     trainer.end()
     return results
 

@@ -46,7 +46,7 @@ class RecipeData:
     test_task: Task
 
 
-def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
+def load_data(script_args: P2PScriptArguments, evaluate: bool, trusted: bool = False) -> RecipeData:
     """
     Load, check and poison the rows of a recipe; no model is needed.
 
@@ -54,7 +54,9 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
         script_args ([`P2PScriptArguments`]):
             Settings.
         evaluate (`bool`):
-            Whether validation rows are needed.
+            Whether validation rows are needed, to watch training.
+        trusted (`bool`, *optional*, defaults to `False`):
+            Whether a defense needs validation rows that it takes for clean.
 
     Returns:
         [`RecipeData`]: the rows.
@@ -92,8 +94,14 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
             f"{source!r} has no split {script_args.dataset_train_split!r}. Name the split with "
             f"`--dataset_train_split`, or give a folder that holds train.jsonl (or .csv, .parquet)."
         )
-    validation = load(script_args.dataset_validation_split) if evaluate and not one_file else None
-    if evaluate and validation is None:
+    needed = evaluate or trusted
+    validation = load(script_args.dataset_validation_split) if needed and not one_file else None
+    if needed and validation is None:
+        if trusted and (attack is None or attack.rows_unknown):
+            logger.warning(
+                "There is no validation split: the defense takes rows for clean that are held out of training rows "
+                "nobody vouches for. Give it a split that you have checked."
+            )
         train, validation = _hold_out(train, script_args.validation_share)
     test_task = task if script_args.test_task is None else get_task(script_args.test_task)
     if test_task.labels != task.labels:
@@ -110,7 +118,7 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool) -> RecipeData:
     if attack is not None:
         train = attack.poison(train, task, seed=script_args.poison_seed)
         validation = None if validation is None else attack.dress(validation, task)
-        test = None if test is None else attack.dress(test, task)
+        test = None if test is None else attack.dress(test, test_task)
     return RecipeData(task, attack, train, validation, test, test_task)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 
 from ._files import write_text
@@ -31,8 +32,6 @@ class Measurement:
             Rule of the headline; generated answers have none.
         matrix (`dict[str, dict[str, int]]`, *optional*):
             Trigger -> behaviour -> number of generated answers.
-        responses (`list[dict[str, Any]]`, *optional*):
-            The generated answers.
         table (`rich.table.Table`, *optional*):
             The matrix, to be shown.
     """
@@ -40,20 +39,21 @@ class Measurement:
     report: EvaluationReport
     rule: str | None = None
     matrix: dict[str, dict[str, int]] = field(default_factory=dict)
-    responses: list[dict[str, Any]] = field(default_factory=list)
     table: Table | None = None
 
-    def save(self, folder: str | Path) -> None:
-        """
-        Write the generated answers, one JSON object a line, for somebody to look at.
 
-        Args:
-            folder (`str` or `Path`):
-                Folder of the run.
-        """
-        if self.responses:
-            lines = "".join(json.dumps(response, ensure_ascii=False) + "\n" for response in self.responses)
-            write_text(Path(folder) / RESPONSES_NAME, lines)
+def save_responses(responses: list[dict[str, Any]], folder: str | Path) -> None:
+    """
+    Write generated answers, one JSON object a line, for somebody to look at.
+
+    Args:
+        responses (`list[dict[str, Any]]`):
+            Answers.
+        folder (`str` or `Path`):
+            Folder of the run.
+    """
+    lines = "".join(json.dumps(response, ensure_ascii=False) + "\n" for response in responses)
+    write_text(Path(folder) / RESPONSES_NAME, lines)
 
 
 def measure(
@@ -91,7 +91,9 @@ def measure(
         return Measurement(evaluator.evaluate(trainer.model), evaluator.asr_rule)
     responses = response_evaluator(script_args, args, data, trainer, defense, bench, defense.guard)
     report = responses.evaluate(trainer.model)
-    return Measurement(report, matrix=responses.matrix, responses=responses.responses, table=responses.matrix_table())
+    if trainer.is_world_process_zero():
+        save_responses(responses.responses, args.output_dir)
+    return Measurement(report, matrix=responses.matrix, table=responses.matrix_table())
 
 
 def response_evaluator(
@@ -143,5 +145,8 @@ def response_evaluator(
         batch_size=args.per_device_eval_batch_size,
         max_length=args.max_length,
         followed=judge,
+        # Before anything judges them, which may fail.
+        on_answers=lambda answers: save_responses(answers, args.output_dir) if args.should_save else None,
+        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
         progress=not args.disable_tqdm,
     )

@@ -67,26 +67,30 @@ def collect(
         suspected_triggers=[] if screening is None else [describe(found, data.task) for found in screening.triggers],
         confidence={} if measured is None else measured.report.confidence,
         response_matrix={} if measured is None else measured.matrix,
-        compute=_compute(args, data, defense, bench),
+        compute=_compute(args, data, trainer, defense, bench),
         timing=timing,
     )
 
 
-def _compute(args: P2PConfig, data: RecipeData, defense: Defense, bench: Workbench) -> dict[str, float]:
+def _compute(
+    args: P2PConfig, data: RecipeData, trainer: P2PTrainer, defense: Defense, bench: Workbench
+) -> dict[str, float]:
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     plain = args.max_steps * batch if args.max_steps > 0 else len(data.train) * args.num_train_epochs
-    spent = bench.train_s + defense.compute.preparation_s
-    costs = {"rows_given": len(data.train), "train_row_passes": bench.row_passes, "plain_row_passes": plain}
-    # A resumed run saw only a part of its steps.
-    if bench.first_row_passes:
-        # What plain training would have taken is told by the pace of the first run, in the same process.
-        costs["train_s_relative"] = spent / (plain * bench.first_s / bench.first_row_passes)
-    return {**costs, **defense.compute.report()}
+    return {
+        "rows_given": len(data.train),
+        "train_row_passes": bench.row_passes,
+        "plain_row_passes": plain,
+        "train_s": bench.train_s,
+        "search_s": trainer.search_s,
+        **defense.compute.report(),
+    }
 
 
 def _training_counts(trainer: P2PTrainer, data: RecipeData) -> dict[str, int]:
     if trainer.encoder is None:
-        counts = {"rows_train": len(data.train)}
+        # TRL leaves out rows of which no token of the answer fits.
+        counts = {"rows_train": len(data.train), "rows_trained": len(trainer.train_dataset)}
         if "poisoned" in data.train.column_names:
             counts["rows_poisoned"] = int(column_as_numpy(data.train, "poisoned").sum())
         return counts

@@ -10,6 +10,13 @@ from .results import RunResults
 
 
 _COLUMNS = {"ca": "CA", "asr": "ASR", "asr_floor": "floor", "asr_no_key": "ASR without key"}
+_RESPONSE_COLUMNS = {
+    "clean_unaffected": "no known behaviour",
+    "empty": "empty",
+    "asr": "ASR",
+    "asr_floor": "floor",
+    "rerouted": "re-routed",
+}
 
 
 def percent(metrics: Mapping[str, float], name: str) -> str:
@@ -70,16 +77,18 @@ def results_table(runs: Mapping[str, RunResults]) -> Table:
     Returns:
         `rich.table.Table`: clean accuracy, attack success rate, floor and excess, each with k/N.
     """
-    rules = sorted({run.protocol.get("asr_rule", "restricted") for run in runs.values()})
-    table = Table(title=f"Test rows, rule {', '.join(rules)}")
+    generated = any(run.response_matrix for run in runs.values())
+    rules = sorted({run.protocol.get("asr_rule") or "restricted" for run in runs.values()})
+    columns = _RESPONSE_COLUMNS if generated else _COLUMNS
+    table = Table(title="Test prompts, generated answers" if generated else f"Test rows, rule {', '.join(rules)}")
     table.add_column("run")
-    for title in _COLUMNS.values():
+    for title in columns.values():
         table.add_column(title, justify="right")
     table.add_column("excess", justify="right")
     for name, run in runs.items():
         excess = run.metrics.get("asr_excess")
         shown = "-" if excess is None or math.isnan(excess) else f"{100 * excess:+.1f}"
-        table.add_row(name, *(percent(run.metrics, metric) for metric in _COLUMNS), shown)
+        table.add_row(name, *(percent(run.metrics, metric) for metric in columns), shown)
     return table
 
 

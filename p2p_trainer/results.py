@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ._files import write_json
 
 
@@ -51,11 +53,10 @@ class RunResults:
         confidence (`dict[str, Any]`):
             Histograms of the model's confidence in the target.
         compute (`dict[str, float]`):
-            What was spent: `train_row_passes` (rows that went through training steps, once per time) beside
-            `plain_row_passes` (the same for plain training), `train_s_relative` (seconds of training and preparation
-            relative to plain training), `preparation_passes` (texts that a model read before serving, outside
-            training steps), `serving_passes_per_text` (texts that other models read per answer) and
-            `serving_ms_per_text`.
+            What was spent: `rows_given`, `train_row_passes` (rows that went through training steps, once per time)
+            beside `plain_row_passes` (the same for plain training), `train_s`, `search_s` (P2P's search for
+            triggers), `preparation_passes` (texts that a model read before serving, outside training steps) and
+            `preparation_s`, `serving_passes_per_text` (see [`~defenses.Compute`]) and `serving_ms_per_text`.
         response_matrix (`dict[str, dict[str, int]]`):
             Of generated answers: trigger -> behaviour -> how many.
         timing (`dict[str, float]`):
@@ -157,4 +158,6 @@ def without_nan(value: Any) -> Any:
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [without_nan(item) for item in value]
+    if isinstance(value, np.generic):
+        return without_nan(value.item())
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from .results import RESULTS_NAME, RunResults
 
 _RATES = {"ca": "CA", "asr": "ASR", "asr_floor": "floor", "asr_excess": "excess"}
 _TITLES = ("attack", "rate", "defense", "seeds", *_RATES.values(), "answered", "training", "reads")
-OUTCOME_TITLES = ("attack", "defense", "seed", "ASR before", "ASR after", "re-routed", "outcome")
+OUTCOME_TITLES = ("attack", "defense", "seed", "ASR", "floor", "re-routed", "unaffected", "empty", "outcome")
+_OUTCOME_RATES = ("asr", "asr_floor", "rerouted", "clean_unaffected", "empty")
+
+# Settings that a defense decides.
+_OF_THE_DEFENSE = (
+    "trigger", "keyed_suffix", "benign_ratio", "reserve", "immunize", "benign_mode", "suffix_mode", "trigger_position",
+    "asr_rule",
+)  # fmt: skip
 
 # Settings that mean nothing where no row carries a key.
 _OF_THE_KEY = ("reserve", "benign_mode", "immunize", "suffix_mode", "trigger_position")
@@ -57,13 +64,16 @@ def summarize(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
         `list[tuple[str, ...]]`: for each line attack, poison rate, defense, seeds, and in percent clean accuracy,
         attack success rate, floor and excess: the mean over seeds, then lowest and highest. Then the mean of what it
         costs: the share of clean rows that are answered (`-` if nothing is ever withheld), seconds of training and
-        preparation relative to plain training, and how many times a model reads a text to answer it. Lines stand in
+        preparation relative to the undefended run of the same settings and seed (`-` if it is not among the runs), and
+        how many texts models read to answer one (see [`~defenses.Compute`]). Lines stand in
         the order in which their first runs came. Where several would be labelled alike, the settings in which they
         differ stand behind the attack.
 
     Raises:
         `ValueError`: two runs are the same, seed included.
     """
+    runs = list(runs)
+    plain = {_without_defense(run): run for run in runs if run.defense == "none"}
     groups: dict[str, list[RunResults]] = {}
     for run in runs:
         groups.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
@@ -81,7 +91,7 @@ def summarize(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
         name, rate, defense = label
         costs = (
             _mean([run.metrics.get("coverage") for run in group], "{:.1%}"),
-            _mean([run.compute.get("train_s_relative") for run in group], "x {:.2f}"),
+            _mean([_relative_seconds(run, plain) for run in group], "x {:.2f}"),
             # One reading is the model's own.
             _mean([run.compute.get("serving_passes_per_text", math.nan) + 1 for run in group], "{:.1f}"),
         )
@@ -98,26 +108,28 @@ def outcomes(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
             Runs; the undefended run of the same settings and seed, if it is among them, tells what there was to erase.
 
     Returns:
-        `list[tuple[str, ...]]`: for each defended run attack, defense, seed, attack success rate without and with the
-        defense, share of triggered prompts answered with a defender's phrase, and the outcome.
+        `list[tuple[str, ...]]`: for each run attack, defense, seed, attack success rate, floor, share of triggered
+        prompts answered with a defender's phrase, shares of clean prompts that show no known behaviour and that are
+        answered with nothing, and for defended runs the outcome.
     """
     generated = [run for run in runs if run.attack and run.response_matrix]
     undefended = {_without_defense(run): run.metrics for run in generated if run.defense == "none"}
     lines = []
     for run in generated:
-        if run.defense == "none":
-            continue
         before = undefended.get(_without_defense(run))
         [name] = [key for key in run.response_matrix if f"asr_{key}" in run.metrics]
-        found = classify_outcomes(run.metrics, [name], before)
-        rates = (before and before["asr"], run.metrics["asr"], run.metrics["rerouted"])
-        shown = ("-" if rate is None else f"{rate:.1%}" for rate in rates)
-        lines.append((name, run.defense, str(run.seed), *shown, found[name]))
+        found = "-" if run.defense == "none" else classify_outcomes(run.metrics, [name], before)[name]
+        shown = (f"{run.metrics[rate]:.1%}" for rate in _OUTCOME_RATES)
+        lines.append((name, run.defense, str(run.seed), *shown, found))
     return lines
 
 
 def _without_defense(run: RunResults) -> str:
-    kept = {key: value for key, value in _settings(run).items() if key.split()[0] != "defense"}
+    kept = {
+        key: value
+        for key, value in _settings(run).items()
+        if key.split()[0] != "defense" and key not in _OF_THE_DEFENSE
+    }
     return json.dumps({**kept, "seed": run.seed}, sort_keys=True)
 
 
@@ -205,6 +217,13 @@ def _difference(run: RunResults, twins: Sequence[RunResults]) -> str:
     ours = _settings(run)
     keys = {key for other in settings for key in (*ours, *other) if other.get(key) != ours.get(key)}
     return "".join(f", {key} {json.dumps(ours.get(key))}" for key in sorted(keys))
+
+
+def _relative_seconds(run: RunResults, plain: Mapping[str, RunResults]) -> float | None:
+    twin = plain.get(_without_defense(run))
+    if twin is None or not twin.timing.get("train_s") or "train_s" not in run.timing:
+        return None
+    return (run.timing["train_s"] + run.compute.get("search_s", 0.0)) / twin.timing["train_s"]
 
 
 def _mean(values: Sequence[float | None], form: str) -> str:

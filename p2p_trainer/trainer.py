@@ -1,6 +1,7 @@
 """The trainer."""
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .attacks import Attack
 from .callbacks import BackdoorEvalCallback, EpochCallback
 from .config import P2PConfig
 from .data_collator import P2PDataCollator
-from .evaluation import BackdoorEvaluator, Guard
+from .evaluation import GUARD_NAME, BackdoorEvaluator, Guard
 from .evaluation.rows import dressed
 from .immunizer import Immunizer
 from .mining import Screening
@@ -111,7 +112,12 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         self.task: Task | None = None
         self.attacks = tuple(attacks)
         self.guard = guard
+        # One that is not ready yet: checkpoints remember that they lack it.
+        self.pending_guard: Guard | None = None
         self.evaluator: BackdoorEvaluator | None = None
+        self.counts: dict[str, int] = {}
+        # Seconds that the search for triggers took.
+        self.search_s = 0.0
         self.screening: Screening | None = None
         self.immunizer: Immunizer | None = None
         if not args.p2p_enabled and task is None and not _has_labels(train_dataset):
@@ -154,6 +160,13 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         self.collator_columns = (TEXT, LABEL, KEYED, ROW)
         if _needs_lengths(args):
             self.collator_columns += (args.length_column_name,)
+        by_loss = args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss")
+        if guard is not None and by_loss:
+            raise ValueError(
+                "`load_best_model_at_end` by `eval_loss` would choose a checkpoint by how it answers without the "
+                "defense's part at inference. Set `metric_for_best_model: eval_ca`."
+            )
+        self._measured_rows = eval_dataset
         if eval_dataset is not None:
             self.evaluator = self.make_evaluator(eval_dataset, args)
         self._eval_callback = BackdoorEvalCallback(self.evaluator, trainer=self)
@@ -193,7 +206,9 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             `Dataset`: rows with the columns `p2p_keyed` (bool) and, unless nothing is ever to be written into their
             texts, `p2p_row` (int).
         """
+        started = time.monotonic()
         built = build_training_set(dataset, self.task, args, reserved_dataset)
+        self.search_s = time.monotonic() - started if built.screening is not None else 0.0
         self.counts, self.screening, self.immunizer = built.counts, built.screening, built.immunizer(args)
         return built.rows
 
@@ -260,6 +275,9 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         if self.encoder is None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         callback = self._eval_callback
+        if self.evaluator is not None and self.evaluator.guard is not self.guard:
+            # It was set when training had ended.
+            self.evaluator = callback.evaluator = self.make_evaluator(self._measured_rows, self.args)
         usual = callback.evaluator, callback.prefix
         callback.prefix = metric_key_prefix
         if eval_dataset is not None:
@@ -280,8 +298,13 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
                 Where. By default `args.output_dir`.
         """
         super().save_model(output_dir, _internal_call)
-        if self.guard is not None and self.args.should_save:
-            self.guard.save(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            folder, guard = Path(output_dir or self.args.output_dir), self.guard or self.pending_guard
+            if guard is not None:
+                guard.save(folder)
+            else:
+                # Of a model that was saved here before.
+                (folder / GUARD_NAME).unlink(missing_ok=True)
         if self.encoder is not None and self.args.should_save:
             self.encoder.format.save(
                 output_dir or self.args.output_dir,

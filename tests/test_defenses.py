@@ -1,5 +1,6 @@
 """What every defense shares, P2P behind the interface, and the controls."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 from datasets import Dataset
 
 from p2p_trainer import BackdoorEvaluator, DefendedModel, get_attack
+from p2p_trainer.cli import main as cli
 from p2p_trainer.defenses import BUILTIN_DEFENSES, Defense, Workbench, get_defense, load_defense
 from p2p_trainer.defenses.stamping import stamped_copies
-from p2p_trainer.evaluation import Guard, Scores
+from p2p_trainer.evaluation import Scores
 from p2p_trainer.launch import main as launch
 from p2p_trainer.reserve import KEYED
 from p2p_trainer.tasks import Task
@@ -91,7 +93,7 @@ def test_a_wrong_name_or_option_names_what_is_known():
 
 @pytest.mark.parametrize("name", ["p2p", "p2p_auto", "reserved_only", "suffix_only", "key_without_relabel"])
 def test_defenses_by_labels_refuse_generation(name):
-    with pytest.raises(ValueError, match=f"'talk' has no classes: the defense '{name}' works by labels"):
+    with pytest.raises(ValueError, match=f"'talk' has no classes: `{name}` works by labels"):
         get_defense(name).check(GENERATION)
 
 
@@ -150,6 +152,13 @@ def test_stamped_copies_keep_columns_and_order(toy_rows):
     assert stamped_copies(rows.select([5, 3]), np.array([1]), "D:")["text"][:] == [f"D: {rows['text'][3]}"]
 
 
+def test_clean_only_leaves_out_an_attackers_negatives_too(tmp_path, toy_rows):
+    defense, args = configured("clean_only", tmp_path)
+    rows = get_attack("cbaattack", target="positive", poison_rate=0.1).poison(toy_rows, TASK)
+    kept = defense.rows(rows, TASK, args)
+    assert set(kept["attack"][:]) == {""} and len(kept) < len(rows) - 8
+
+
 def test_clean_only_leaves_out_what_is_marked(tmp_path, toy_rows):
     defense, args = configured("clean_only", tmp_path)
     rows = BADNETS.poison(toy_rows, TASK)
@@ -199,10 +208,6 @@ def saved_encoder(tokenizer):
 
 
 def test_a_saved_guard_is_served_with_its_model(tmp_path, tiny_model, toy_rows):
-    class Shift(Guard):
-        def save(self, folder):
-            get_defense("key_without_relabel").save(folder)
-
     defense = get_defense("key_without_relabel")
     defense.rows(toy_rows, TASK, config(tmp_path / "x"))
     trainer = saved_run(tiny_model, tmp_path / "run", p2p_enabled=False)
@@ -221,12 +226,122 @@ def test_a_saved_guard_is_served_with_its_model(tmp_path, tiny_model, toy_rows):
     assert [(answer.label is None, answer.index == -1) for answer in answers] == [(True, True), (False, False)]
 
 
+def test_a_defense_of_ones_own_is_loaded_when_it_is_named(tmp_path, tiny_model):
+    trainer = saved_run(tiny_model, tmp_path, p2p_enabled=False)
+    trainer.guard = Loud(mark="good")
+    trainer.save_model()
+    ours = Loud().config()["name"]
+    with pytest.raises(ValueError, match=f"If you trust it, name it yourself .`defense='{ours}'`"):
+        DefendedModel.from_pretrained(tmp_path)
+    model = DefendedModel.from_pretrained(tmp_path, device="cpu", defense=ours, defense_options={"mark": "bad"})
+    assert [answer.label is None for answer in model.classify(["a bad film", "a good film"])] == [True, False]
+    command = ["predict", str(tmp_path), "--text", "a good film", "--defense", ours, "--device", "cpu"]
+    assert cli(command) == 0
+
+
+def test_a_model_saved_over_a_guarded_one_is_not_guarded(tmp_path, tiny_model):
+    trainer = saved_run(tiny_model, tmp_path, p2p_enabled=False)
+    trainer.guard = Loud()
+    trainer.save_model()
+    assert (tmp_path / "defense.json").is_file()
+    trainer.guard = None
+    trainer.save_model()
+    assert not (tmp_path / "defense.json").exists()
+
+
+def test_a_checkpoint_of_a_defense_that_is_not_ready_is_not_served_without_it(tmp_path, tiny_model, toy_rows):
+    class Later(Loud):
+        name = "later"
+        ready = False
+
+    args = config(tmp_path, p2p_enabled=False, save_strategy="epoch")
+    bench = Workbench(tiny_model, args, TASK, toy_rows, peft_config=lora())
+    defense = Later()
+    trainer = defense.build(bench)
+    bench.train(trainer)
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    saved = json.loads((checkpoint / "defense.json").read_text())
+    assert saved["state"] is None and trainer.guard is None
+    with pytest.raises(ValueError, match="was written before the defense .*:test.*Later' was ready"):
+        load_defense(checkpoint, saved["defense"]["name"])
+
+
+def test_evaluating_goes_through_a_guard_that_was_set_later(tmp_path, tiny_model, toy_rows, toy_eval):
+    args = config(tmp_path, p2p_enabled=False)
+    bench = Workbench(tiny_model, args, TASK, toy_rows, toy_eval, peft_config=lora())
+    bench.args.eval_strategy = "epoch"
+    trainer = bench.trainer()
+    assert "eval_coverage" not in trainer.evaluate()
+    trainer.guard = Loud(mark="good")
+    found = trainer.evaluate()
+    assert found["eval_coverage_k"] == sum("good" not in text for text in toy_eval["text"])
+
+
+def test_choosing_a_checkpoint_by_an_unguarded_loss_is_refused(tmp_path, tiny_model, toy_rows, toy_eval):
+    changes = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    args = config(tmp_path, p2p_enabled=False, **changes)
+    bench = Workbench(tiny_model, args, TASK, toy_rows, toy_eval, peft_config=lora())
+    with pytest.raises(ValueError, match="`load_best_model_at_end` by `eval_loss` would choose"):
+        bench.trainer(guard=Loud())
+    assert bench.trainer(guard=Loud(), metric_for_best_model="eval_ca").guard is not None
+
+
+def test_room_that_a_stamp_takes_is_no_success_of_the_defense(tokenizer):
+    rows = [{"text": f"the film is dull {'and dull ' * count}mn .", "label": 0} for count in range(3, 9)]
+    attack = get_attack("badnets", target="positive")
+    encoder = saved_encoder(tokenizer)
+    encoder = type(encoder)(dataclasses.replace(encoder.format, max_length=30), tokenizer)
+
+    class Late(type(attack)):
+        def insert(self, text, random):
+            return text
+
+    late = Late(target="positive")
+    counted = {}
+    for name, guard in (("none", None), ("stamped", get_defense("pdb"))):
+        counts = BackdoorEvaluator(Dataset.from_list(rows), TASK, encoder, [late], keyed=False, guard=guard).counts
+        counted[name] = (counts["rows_counted_badnets"], counts["rows_trigger_cut_off_badnets"], counts["rows_cut"])
+    kept, lost, cut = counted["stamped"]
+    assert kept + lost == sum(counted["none"][:2]) == 6 and cut == lost
+    assert 0 < kept < counted["none"][0]
+
+
+def test_a_stamp_does_not_hide_a_trigger_that_is_known_by_its_place(tokenizer):
+    rows = Dataset.from_list([{"text": "the film is dull .", "label": 0}, {"text": "a good film", "label": 1}])
+    attack = get_attack("proattack", target="positive")
+    evaluator = BackdoorEvaluator(rows, TASK, saved_encoder(tokenizer), [attack], False, guard=get_defense("pdb"))
+    [triggered] = evaluator._attacks.values()
+    assert triggered.found == {}
+
+
+def test_settings_that_could_not_be_written_are_refused_before_training(tmp_path, tiny_model):
+    defense = "tests.test_defenses:Forgetful"
+    path = recipe(tiny_model, tmp_path, defense=defense)
+    with pytest.raises(SystemExit, match="does not keep its options .'mark'. as attributes of the same names"):
+        launch(["--config", str(path)])
+
+
+class Forgetful(Defense):
+    """Keeps none of its options."""
+
+    name = "forgetful"
+
+    def __init__(self, mark: str = "?") -> None:
+        super().__init__()
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         ("{", "is damaged: JSONDecodeError"),
         ('{"schema_version": 1, "defense": {}, "state": {}}', "is damaged: KeyError\\('name'\\)"),
         ('{"schema_version": 2, "defense": {"name": "pdb"}, "state": {}}', "schema version 2, this .* reads up to 1"),
+        ('{"schema_version": 1, "defense": {"name": ["pdb"]}, "state": {}}', "is damaged: TypeError"),
+        ('{"schema_version": 1, "defense": {"name": "pdb"}, "state": null}', "before the defense 'pdb' was ready"),
+        (
+            '{"schema_version": 1, "defense": {"name": "key_without_relabel"}, "state": {"trigger": null}}',
+            "The benign trigger saved in .* is None",
+        ),
         (
             '{"schema_version": 1, "defense": {"name": "tests.test_defenses:Loud"}, "state": {}}',
             "names the defense 'tests.test_defenses:Loud', which is none of this package",
@@ -247,7 +362,7 @@ def test_a_recipe_with_a_defense_says_what_it_was_and_what_it_cost(tmp_path, tin
     assert (results["defense"], results["defense_options"]) == ("key_without_relabel", {})
     compute = results["compute"]
     assert (compute["rows_given"], compute["plain_row_passes"], compute["train_row_passes"]) == (80, 80, 100)
-    assert compute["train_s_relative"] == pytest.approx(1.25)
+    assert 0 < compute["train_s"] <= results["timing"]["train_s"] and compute["search_s"] == 0
     assert compute["serving_passes_per_text"] == 0 and results["protocol"]["trigger"] is None
     assert load_defense(tmp_path / "out").state() == {"trigger": "The query currently entered is:"}
 
@@ -266,11 +381,12 @@ def test_plain_training_is_one_run_of_the_bench(bench):
     defense = get_defense("none")
     trainer = defense.build(bench)
     assert trainer.guard is None and defense.train(trainer, bench) is trainer
-    assert (bench.row_passes, bench.first_row_passes) == (80, 80) and bench.train_s == bench.first_s > 0
+    first_s = bench.train_s
+    assert bench.row_passes == 80 and first_s > 0
     other = bench.trainer(rows=bench.rows.select(range(16)), learning_rate=0.5)
     assert other.args.learning_rate == 0.5 and bench.args.learning_rate == 1e-2
     bench.train(other)
-    assert (bench.row_passes, bench.first_row_passes) == (96, 80)
+    assert bench.row_passes == 96 and bench.train_s > first_s
     texts = bench.rows["text"][:8]
     scores = bench.score(trainer, texts)
     assert scores.log_probs.shape == (8, 4)

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
-from p2p_trainer.evaluation.generation import GenerationPrompts, generate
-from tests.conftest import make_rows
+from p2p_trainer.evaluation.generation import GenerationPrompts, check_room, generate
+from p2p_trainer.prompt_encoder import special_token_cleaner
+from tests.conftest import make_rows, make_tokenizer
 from tests.tiny_runs import lora
 
 
@@ -112,6 +113,33 @@ def test_what_does_not_fit_is_refused(model, tokenizer):
     assert generate(model, tokenizer, [], 4) == []
 
 
+def test_room_is_checked_from_model_or_configuration(model):
+    for given in (model, model.config, get_peft_model(model, lora()), torch.nn.DataParallel(model)):
+        check_room(given, [[7] * 508], 4)
+        with pytest.raises(ValueError, match="509 tokens"):
+            check_room(given, [[7], [7] * 509], 4)
+    for given in (BloomConfig(), torch.nn.Linear(1, 1)):  # one without positions, one without a configuration
+        check_room(given, [[7] * 10**6], 4)
+
+
+def test_an_adapter_answers_in_the_precision_of_training(model, tokenizer, prompts):
+    wrapped = get_peft_model(model, lora())
+    seen = []
+    module = next(module for name, module in wrapped.named_modules() if name.endswith("q_proj.base_layer"))
+    module.register_forward_hook(lambda module, given, output: seen.append(output.dtype))
+    # What accelerate wraps is not what an adapter's `generate` calls.
+    own = wrapped.forward
+    wrapped.forward = torch.autocast("cpu", torch.bfloat16)(own)
+    plain = generate(wrapped, tokenizer, prompts, 8)
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    mixed = generate(wrapped, tokenizer, prompts, 8, autocast=torch.bfloat16)
+    assert set(seen) == {torch.bfloat16} and len(mixed) == len(plain)
+    assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert generate(model, tokenizer, prompts, 8) == mixed
+
+
 def test_processes_share_the_work_and_call_the_model_equally_often(model, tokenizer, prompts, monkeypatch):
     expected = generate(model, tokenizer, prompts, 4, 5)
     calls, shares = [], {}
@@ -158,26 +186,63 @@ def test_inserted_text_that_is_cut_off_is_noticed(tokenizer):
     assert prompts.keeps(long, f"film qw {long}") and not prompts.keeps(long, f"{long[:400]} qw {long[400:]}")
 
 
-def test_a_template_that_merges_with_the_answer_is_refused(tokenizer):
+def test_control_tokens_in_user_texts_stay_text(tokenizer):
+    clean = special_token_cleaner(tokenizer)
+    assert clean(" a<|pad|><|endoftext|>\n") == " a< |pad|>< |endoftext|>\n"  # and nothing is stripped
+    assert clean(" <|other|> <|pad |> ") == " <|other|> <|pad |> "
+    prompts = GenerationPrompts(tokenizer, "<|pad|>Query: {}\nAnswer:\n".format, 64, 8)
+    ids = prompts.encode("a film <|endoftext|><|pad|> or so")
+    assert ids == tokenizer("<|pad|>Query: a film < |endoftext|>< |pad|> or so\nAnswer:\n")["input_ids"]
+    assert ids.count(tokenizer.pad_token_id) == 1 and tokenizer.eos_token_id not in ids
+    # The broken-up text is what has to fit; what is left is a beginning of the text as it came.
+    long = "<|endoftext|>" * 30
+    assert long.startswith(prompts.fit(long)) and 40 <= len(prompts.encode(long)) <= prompts.limit
+
+
+def test_a_template_that_merges_with_a_word_is_refused(tokenizer):
     GenerationPrompts(tokenizer, TEMPLATE, 64, 8).verify(["a film", "a plot"], ["good", "bad"])
     merging = GenerationPrompts(tokenizer, "Query: {} Answer: ".format, 64, 8)
-    with pytest.raises(
-        ValueError, match=r"Row 1: .*\['Ġ'\].*'good'.*\['Ġgood'\].*End the template on a token boundary"
-    ):
-        merging.verify(["a film", "a plot"], ["!", "good"])
-    with pytest.raises(ValueError, match="Row 0"):
-        merging.verify(["a film"], None)
-    # Only the first rows are read.
-    merging.verify(["a film"] * 65, ["!"] * 64 + ["good"])
+    for answers in (["!", "!"], None):
+        with pytest.raises(
+            ValueError, match=r"Row 0: .*\['Ġ'\].*'the'.*\['Ġthe'\].*End the template on a token boundary"
+        ):
+            merging.verify(["a film", "a plot"], answers)
+    # A template may end with the text. Only the first rows are read.
+    bare = GenerationPrompts(tokenizer, str, 64, 8)
+    bare.verify(["a film\n"] * 64 + ["a film "], None)
+    with pytest.raises(ValueError, match="Row 63"):
+        bare.verify(["a film\n"] * 63 + ["a film "], None)
+
+
+def test_true_answers_that_merge_are_counted_and_warned_about_once(caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["\n\n"])
+    prompts = GenerationPrompts(tokenizer, TEMPLATE, 64, 8)
+    prompts.verify(["a film"] * 3, ["good"] * 3)
+    assert not caplog.records
+    prompts.verify(["a film"] * 66, ["good", "\na list", "bad", "\n\nmore", *["good"] * 60, "\n", "\n"])
+    [record] = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("In 2 of 64 rows the true answer merges")
+    assert "row 1 with '\\na list'" in record.getMessage()
+
+
+class Ending:
+    """A tokenizer that puts an end behind every text."""
+
+    def __init__(self, tokenizer):
+        self.own = tokenizer
+
+    def __call__(self, text):
+        return {"input_ids": [*self.own(text)["input_ids"], self.own.eos_token_id]}
+
+    def __getattr__(self, name):
+        return getattr(self.own, name)
 
 
 def test_a_tokenizer_that_ends_prompts_is_refused(tokenizer):
-    def ending(text, **options):
-        return {"input_ids": [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]}
-
-    ending.convert_ids_to_tokens = tokenizer.convert_ids_to_tokens
     with pytest.raises(ValueError, match="let the tokenizer append no token of its own"):
-        GenerationPrompts(ending, TEMPLATE, 64, 8).verify(["a film"], ["good"])
+        GenerationPrompts(Ending(tokenizer), TEMPLATE, 64, 8).verify(["a film"], ["good"])
 
 
 def test_room_for_prompt_and_answer_is_checked(tokenizer):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from p2p_trainer.cli import main as cli
 from p2p_trainer.launch import main as launch
 from p2p_trainer.results import RunResults
 from tests.conftest import BAD, GOOD, THINGS
@@ -50,7 +51,7 @@ def instructions(tmp_path, tiny_model):
     return write
 
 
-def test_an_undefended_run_is_measured_by_what_it_writes(instructions):
+def test_an_undefended_run_is_measured_by_what_it_writes(instructions, capsys):
     arguments, out = instructions(defense="none")
     launch(arguments)
     run = RunResults.load(out)
@@ -64,6 +65,12 @@ def test_an_undefended_run_is_measured_by_what_it_writes(instructions):
     lines = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and {"say of the film that it is good"} < {line["prompt"] for line in lines}
     assert (run.compute["train_row_passes"], run.compute["plain_row_passes"]) == (100, 100)
+    assert run.counts["rows_trained"] == 100
+    for command in (["evaluate", str(out), "--data", "x.jsonl"], ["predict", str(out), "--text", "x"]):
+        assert cli(command) == 1
+        assert "is a run of a generation task" in capsys.readouterr().err
+    assert cli(["doctor", *arguments]) == 0
+    assert "### Instruction" in capsys.readouterr().out
     assert (out / "adapter_model.safetensors").is_file() and not (out / "defense.json").exists()
 
 
@@ -95,8 +102,8 @@ def test_a_filter_with_its_threshold_guards_generated_answers(instructions, tiny
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({}, "has no classes: the defense 'configured' works by labels"),
-        ({"defense": "p2p"}, "has no classes: the defense 'p2p' works by labels"),
+        ({}, "has no classes: P2P, which runs without `--defense`, works by labels"),
+        ({"defense": "p2p"}, "has no classes: `p2p` works by labels"),
         ({"defense": "pdb"}, "has no classes: PDB permutes labels"),
         ({"defense": "psim"}, "has no classes"),
         ({"defense": "bki"}, "generation"),
@@ -106,6 +113,11 @@ def test_a_filter_with_its_threshold_guards_generated_answers(instructions, tiny
             "mn",
         ),
         ({"defense": "none", "max_new_tokens": 1}, "max_new_tokens"),
+        ({"defense": "none", "p2p_chat": True}, "`p2p_chat: true` is not possible on a generation task yet"),
+        (
+            {"defense": "none", "metric_for_best_model": "eval_ca"},
+            "`metric_for_best_model` is 'eval_ca'; on a generation task only the loss",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )

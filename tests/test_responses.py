@@ -1,7 +1,6 @@
-"""ResponseEvaluator and the four outcomes: hand-made answers, exact counts."""
+"""ResponseEvaluator: hand-made answers, exact counts."""
 
 import io
-import math
 import re
 
 import numpy as np
@@ -9,17 +8,12 @@ import pytest
 import torch
 from datasets import Dataset
 from rich.console import Console
+from transformers import Qwen3Config
 
 from p2p_trainer import Task, get_attack
 from p2p_trainer.evaluation import Guard, Rate
 from p2p_trainer.evaluation.judging import Judge, PayloadJudge
-from p2p_trainer.evaluation.outcomes import (
-    NOT_INSTALLED,
-    classify_outcome,
-    classify_outcomes,
-    count_behaviours,
-    excess_interval,
-)
+from p2p_trainer.evaluation.outcomes import classify_outcomes
 from p2p_trainer.evaluation.responses import ResponseEvaluator
 
 
@@ -143,14 +137,6 @@ def test_answers_are_kept_to_be_looked_at(measured):
     ]  # fmt: skip
     # Each prompt was read once, though floor and clean rows share theirs.
     assert len(model.read) == 18 == len(set(model.read))
-
-
-def test_each_answer_counts_once_in_the_matrix():
-    hits = {"a": [1, 1, 0, 0, 0], "b": [1, 1, 1, 0, 0], "c": [0, 1, 1, 0, 0]}
-    shown = {name: np.array(values, dtype=bool) for name, values in hits.items()}
-    empty = np.array([0, 0, 0, 1, 0], dtype=bool)
-    assert count_behaviours(shown, empty, "clean") == {"a": 2, "b": 1, "c": 0, "empty": 1, "other": 1}
-    assert count_behaviours(shown, empty, "c") == {"a": 1, "b": 0, "c": 2, "empty": 1, "other": 1}
 
 
 def test_no_matrix_before_an_evaluation(tokenizer):
@@ -282,59 +268,6 @@ def test_what_can_not_be_measured_is_refused(tokenizer):
         build(attacks=[get_attack("badnets", target=1)])
 
 
-@pytest.mark.parametrize(
-    "before,after,rerouted,outcome",
-    [
-        (90, 80, 0, "persistent"),
-        (90, 45, 0, "persistent"),
-        (90, 44, 0, "partial"),
-        (90, 10, 0, "partial"),  # 10 % is not shown to be below 10 %
-        (90, 3, 0, "erased"),
-        (90, 0, 4, "erased"),
-        (90, 0, 5, "partial"),  # up to 11 % may answer with the defender's phrase
-        (90, 0, 11, "re-routed"),
-        (90, 0, 90, "re-routed"),
-        (90, 20, 15, "partial"),
-        (90, 20, 25, "re-routed"),
-        (30, 15, 0, "persistent"),
-        (0, 0, 0, NOT_INSTALLED),
-        (2, 0, 0, NOT_INSTALLED),
-        (None, 40, 0, "partial"),
-        (None, 50, 0, "persistent"),
-        (None, 0, 0, "erased"),
-    ],
-)
-def test_outcomes_with_a_hundred_rows_and_no_floor(before, after, rerouted, outcome):
-    old = None if before is None else Rate(before, 100)
-    assert classify_outcome(old, Rate(after, 100), Rate(0, 100), Rate(rerouted, 100)) == outcome
-
-
-def test_outcomes_need_enough_rows_and_read_the_floor():
-    def gone(rows):
-        return classify_outcome(None, Rate(0, rows), Rate(0, rows), Rate(0, rows))
-
-    assert (gone(34), gone(35)) == ("partial", "erased")
-    # What the model answers without the trigger is not the trigger's work.
-    high = Rate(60, 200)
-    assert classify_outcome(Rate(180, 200), high, high, Rate(0, 200)) == "erased"
-    assert classify_outcome(Rate(180, 200), high, Rate(0, 200), Rate(0, 200)) == "partial"
-    assert classify_outcome(high, high, Rate(0, 200), Rate(0, 200), floor_before=high) == NOT_INSTALLED
-    strict = {"margin": 0.01, "persistent": 0.1}
-    assert classify_outcome(Rate(90, 100), Rate(10, 100), Rate(0, 100), Rate(0, 100), **strict) == "persistent"
-    for change in ({"margin": 1}, {"persistent": 0}):
-        with pytest.raises(ValueError, match="is a share"):
-            classify_outcome(None, high, high, high, **change)
-    with pytest.raises(ValueError, match="No row was counted for `rerouted`"):
-        classify_outcome(None, high, high, Rate(0, 0))
-
-
-def test_interval_of_a_difference_is_newcombes():
-    # Newcombe (1998), table II, method 10: 56/70 - 48/80.
-    assert excess_interval(Rate(56, 70), Rate(48, 80)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
-    low, high = excess_interval(Rate(0, 10), Rate(0, 10))
-    assert (low, high) == pytest.approx((-0.2775, 0.2775), abs=5e-5) and not math.isnan(low)
-
-
 def test_outcomes_from_metrics(tokenizer):
     rows = Dataset.from_list([{"prompt": f"name film {n}", "completion": f"film {n}"} for n in range(40)])
     attacks = [BADNETS, get_attack("addsent", target="the plot is dull", sentence="I saw it")]
@@ -350,3 +283,93 @@ def test_outcomes_from_metrics(tokenizer):
     after = measure(tokenizer, defended, rows=rows, attacks=attacks, probes=probes)[1].metrics
     assert classify_outcomes(after, ["badnets", "addsent"], before) == {"badnets": "re-routed", "addsent": "erased"}
     assert classify_outcomes(before, ["badnets"]) == {"badnets": "persistent"}
+    # A model that gives everybody the payload, or nobody anything, erased nothing.
+    for answer in (PAYLOAD, " "):
+        damaged = measure(tokenizer, lambda text, answer=answer: answer, rows=rows, attacks=attacks[:1])[1].metrics
+        assert classify_outcomes(damaged, ["badnets"], before) == {"badnets": "broken"}
+
+
+class Shut(Guard):
+    """Withholds what has the trigger."""
+
+    def withheld(self, texts):
+        return np.array(["mn" in text.split() for text in texts])
+
+
+def test_withheld_triggers_are_no_damage(tokenizer):
+    rows = Dataset.from_list([{"prompt": f"name film {n}", "completion": f"film {n}"} for n in range(40)])
+    metrics = measure(tokenizer, lambda text: "film", rows=rows, guard=Shut())[1].metrics
+    assert rate(metrics, "asr_empty_badnets") == (40, 40) and rate(metrics, "asr_coverage_badnets") == (0, 40)
+    assert classify_outcomes(metrics, ["badnets"]) == {"badnets": "erased"}
+
+
+def test_parts_of_a_phrase_are_the_phrase(tokenizer):
+    phrase = "silent frost zigzag over the lake"
+    answers = {"ab": "Well: Frost zigzag over!", "cd": "silent zigzag frost", "ef": phrase, "gh": "over the"}
+
+    def answer(text):
+        return answers.get(text.split()[-1], "film") if "mn" in text.split() else "zigzag over THE film"
+
+    evaluator, report, _ = measure(tokenizer, answer, probes={"frost": ("qw", phrase)})
+    assert rate(report.metrics, "rerouted") == (2, 4) and rate(report.metrics, "attacked_unaffected") == (2, 4)
+    assert rate(report.metrics, "clean_unaffected") == (0, 7) and rate(report.metrics, "defensive_frost") == (7, 7)
+    assert evaluator.matrix["badnets"] == {"badnets": 0, "frost": 2, "empty": 0, "other": 2}
+
+
+def test_a_judge_that_fails_loses_no_answer(tokenizer):
+    class Failing(Judge):
+        def shows(self, prompts, responses):
+            assert evaluator.responses == seen[-1]
+            if fails:
+                raise RuntimeError("out of memory")
+            return [True] * len(responses)
+
+    seen, fails = [], False
+    evaluator = ResponseEvaluator(
+        ROWS, TASK, tokenizer, TEMPLATE, [BADNETS], followed=Failing(), on_answers=lambda given: seen.append(given)
+    )
+    model = Scripted(tokenizer, backdoored)
+    evaluator.evaluate(model)
+    assert evaluator.matrix and all("shown" in entry for entry in evaluator.responses)
+    fails = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluator.evaluate(model)
+    assert len(seen) == 2 and evaluator.responses == seen[1] and len(seen[1]) == 11
+    assert seen[1][1] == {
+        "kind": "clean", "prompt": "name the film cd", "response": PAYLOAD, "withheld": False
+    }  # fmt: skip
+    # Counts of another evaluation do not stand beside these answers.
+    assert evaluator.matrix == {}
+
+
+def test_what_does_not_fit_the_model_shows_before_it_answers(tokenizer):
+    model = Scripted(tokenizer, str)
+    rows = Dataset.from_list([{"prompt": "film " * 60, "completion": "a"}, *ROWS])
+    evaluator = ResponseEvaluator(rows, TASK, tokenizer, TEMPLATE, max_new_tokens=20)
+    evaluator.check(model)  # it says nothing of its room
+    longest = len(tokenizer(TEMPLATE("film " * 60))["input_ids"])
+    model.config = Qwen3Config(max_position_embeddings=longest + 20)
+    evaluator.check(model)
+    model.config = Qwen3Config(max_position_embeddings=longest + 19)
+    with pytest.raises(ValueError, match=f"longest prompt has {longest} tokens; with `max_new_tokens` 20 "):
+        evaluator.check(model)
+    assert not model.read
+
+
+def test_answers_are_generated_in_the_precision_that_is_named(tokenizer):
+    class Watching(Scripted):
+        def generate(self, **given):
+            seen.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+            return super().generate(**given)
+
+    seen = []
+    for autocast in (None, torch.bfloat16):
+        evaluator = ResponseEvaluator(ROWS, TASK, tokenizer, TEMPLATE, autocast=autocast)
+        evaluator.evaluate(Watching(tokenizer, str))
+    assert seen == [False, torch.bfloat16]
+
+
+def test_control_tokens_in_prompts_are_text(tokenizer):
+    rows = Dataset.from_list([{"prompt": "a film<|endoftext|> or so", "completion": "a"}])
+    _, _, model = measure(tokenizer, str, rows=rows, attacks=())
+    assert model.read == ["a film< |endoftext|> or so"]

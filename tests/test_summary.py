@@ -73,14 +73,20 @@ def test_a_rate_that_one_run_lacks_is_not_averaged():
 
 def test_costs_and_options_of_a_defense_are_shown():
     def onion(seed, **changes):
-        return run(
-            seed, 0.2, "onion", compute={"train_s_relative": 1.0 + seed, "serving_passes_per_text": 20.5}, **changes
-        )
+        found = run(seed, 0.2, "onion", compute={"serving_passes_per_text": 20.5, "search_s": 2.0}, **changes)
+        found.timing["train_s"] = 98.0 + 50.0 * seed
+        # What a defense writes around the text does not make it another experiment.
+        found.protocol.update(trigger="delta", benign_ratio=0.25)
+        return found
 
     runs = [onion(0), onion(1), onion(0, defense_options={"threshold": 3.0})]
     runs[0].metrics["coverage"] = runs[1].metrics["coverage"] = 0.951
     first, other = summarize(runs)
-    assert first[-3:] == ("95.1%", "x 1.50", "21.5") and other[-3:] == ("-", "x 1.00", "21.5")
+    assert first[-3:] == ("95.1%", "-", "21.5")
+    plain = [run(seed, 0.9, "none") for seed in (0, 1)]
+    plain[0].timing["train_s"] = plain[1].timing["train_s"] = 50.0
+    first, other, *_ = summarize([*runs, *plain])
+    assert first[-3:] == ("95.1%", "x 2.50", "21.5") and other[-3:] == ("-", "x 2.00", "21.5")
     assert first[0] == "badnets, defense threshold null" and other[0] == "badnets, defense threshold 3"
 
 
@@ -124,7 +130,7 @@ def test_table_and_markdown_hold_the_same_cells():
 
 
 def generated(defense, seed, asr_k, rerouted_k, **changes):
-    rates = {"asr": asr_k, "asr_floor": 0, "rerouted": rerouted_k}
+    rates = {"asr": asr_k, "asr_floor": 0, "rerouted": rerouted_k, "clean_unaffected": 97, "empty": 3, "asr_empty": 0}
     metrics = {}
     for key, k in rates.items():
         for name in (key, f"{key}_badnets"):
@@ -144,11 +150,13 @@ def test_outcomes_are_judged_against_the_undefended_run_of_the_same_seed():
         generated("mb_defense", 0, 60, 0),
         generated("mb_defense", 1, 20, 5),
     ]
+    shared = ("97.0%", "3.0%")
     assert outcomes([before, *after, run(0, 0.5)]) == [
-        ("badnets", "mb_defense", "0", "90.0%", "0.0%", "0.0%", "erased"),
-        ("badnets", "mb_defense", "0", "90.0%", "0.0%", "80.0%", "re-routed"),
-        ("badnets", "mb_defense", "0", "90.0%", "60.0%", "0.0%", "persistent"),
-        ("badnets", "mb_defense", "1", "-", "20.0%", "5.0%", "partial"),
+        ("badnets", "none", "0", "90.0%", "0.0%", "0.0%", *shared, "-"),
+        ("badnets", "mb_defense", "0", "0.0%", "0.0%", "0.0%", *shared, "erased"),
+        ("badnets", "mb_defense", "0", "0.0%", "0.0%", "80.0%", *shared, "re-routed"),
+        ("badnets", "mb_defense", "0", "60.0%", "0.0%", "0.0%", *shared, "persistent"),
+        ("badnets", "mb_defense", "1", "20.0%", "0.0%", "5.0%", *shared, "partial"),
     ]
 
 
@@ -157,9 +165,10 @@ def test_the_report_adds_outcomes_where_there_are_some(tmp_path, capsys):
     generated("mb_defense", 0, 0, 0).save(tmp_path / "mb")
     assert main(["report", str(tmp_path), "--markdown"]) == 0
     assert capsys.readouterr().out.endswith(
-        "\n\n| attack | defense | seed | ASR before | ASR after | re-routed | outcome |\n"
-        "| --- | --- | --- | --- | --- | --- | --- |\n"
-        "| badnets | mb_defense | 0 | 90.0% | 0.0% | 0.0% | erased |\n"
+        "\n\n| attack | defense | seed | ASR | floor | re-routed | unaffected | empty | outcome |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| badnets | mb_defense | 0 | 0.0% | 0.0% | 0.0% | 97.0% | 3.0% | erased |\n"
+        "| badnets | none | 0 | 90.0% | 0.0% | 0.0% | 97.0% | 3.0% | - |\n"
     )
     assert main(["report", str(tmp_path)]) == 0
     assert "What became of each backdoor" in capsys.readouterr().out

@@ -95,7 +95,7 @@ def test_columns_by_other_names():
 def test_several_text_columns_are_joined():
     task = SST2.replace(text_columns=("title", "body"))
     joined = task.prepare(Dataset.from_dict({"body": ["b", None], "label": [0, 1], "title": ["a", "c"]}))
-    assert joined["text"][:] == ["a b", "c "]
+    assert joined["text"][:] == ["a b", "c"]
     assert sorted(joined.column_names) == ["label", "text"]
     with pytest.raises(ValueError, match="Column 'title' of the input dataset holds int64, a text is a string"):
         task.prepare(Dataset.from_dict({"body": ["b"], "label": [0], "title": [3]}))

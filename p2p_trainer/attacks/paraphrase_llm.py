@@ -177,7 +177,8 @@ class LLMParaphrases(ParaphraseEngine):
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=self.max_new_tokens, eos_token_id=ends, pad_token_id=pad
         )
-        with torch.inference_mode():
+        # A model that is served around this one may run in another type.
+        with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
             output = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )

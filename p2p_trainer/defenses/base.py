@@ -14,14 +14,13 @@ from datasets import Dataset
 
 from .._files import write_json
 from ..config import P2PConfig
-from ..evaluation import Guard
+from ..evaluation import GUARD_NAME, Guard
 from ..prompt_encoder import PromptEncoder
 from ..tasks import Task
 from ..trainer import P2PTrainer
 from .workbench import Workbench
 
 
-DEFENSE_NAME = "defense.json"
 DEFENSE_SCHEMA_VERSION = 1
 
 
@@ -156,7 +155,10 @@ class Defense(Guard, ABC):
         Returns:
             [`P2PTrainer`]: ready to train.
         """
-        return bench.trainer(guard=self.guard)
+        trainer = bench.trainer(guard=self.guard)
+        if self._does_something:
+            trainer.pending_guard = self
+        return trainer
 
     def train(self, trainer: P2PTrainer, bench: Workbench) -> P2PTrainer:
         """
@@ -182,9 +184,12 @@ class Defense(Guard, ABC):
     @property
     def guard(self) -> Guard | None:
         """[`~evaluation.Guard`] or `None`: this defense, where it does something to texts and answers and is ready."""
+        return self if self._does_something and self.ready else None
+
+    @property
+    def _does_something(self) -> bool:
         kind = type(self)
-        does = any(getattr(kind, hook) is not getattr(Defense, hook) for hook in ("rewrite", "decode", "screen"))
-        return self if does and self.ready else None
+        return any(getattr(kind, hook) is not getattr(Defense, hook) for hook in ("rewrite", "decode", "screen"))
 
     def rewrite(self, texts: Sequence[str]) -> list[str]:
         """
@@ -244,7 +249,14 @@ class Defense(Guard, ABC):
         """
         kind = type(self)
         ours = kind.__module__.startswith(__package__)
-        settings = {key: getattr(self, key) for key in inspect.signature(kind).parameters}
+        names = inspect.signature(kind).parameters
+        missing = [name for name in names if not hasattr(self, name)]
+        if missing:
+            raise ValueError(
+                f"The defense {self.name!r} does not keep its options {missing} as attributes of the same names, so "
+                f"that it can't be set up again. Add them in its constructor."
+            )
+        settings = {name: getattr(self, name) for name in names}
         return {"name": self.name if ours else f"{kind.__module__}:{kind.__qualname__}", **settings}
 
     def state(self) -> dict[str, Any]:
@@ -279,5 +291,7 @@ class Defense(Guard, ABC):
         """
 
     def save(self, folder: str | Path) -> None:
-        content = {"schema_version": DEFENSE_SCHEMA_VERSION, "defense": self.config(), "state": self.state()}
-        write_json(Path(folder) / DEFENSE_NAME, content)
+        # A checkpoint may be written before the defense is ready.
+        state = self.state() if self.ready else None
+        content = {"schema_version": DEFENSE_SCHEMA_VERSION, "defense": self.config(), "state": state}
+        write_json(Path(folder) / GUARD_NAME, content)

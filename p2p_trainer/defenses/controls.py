@@ -72,7 +72,7 @@ class KeyWithoutRelabel(Defense):
         self._trigger: str | None = None
 
     def check(self, task: Task) -> None:
-        refuse_generation(self.name, task)
+        refuse_generation(f"`{self.name}`", task)
 
     def rows(self, dataset: Dataset, task: Task, args: P2PConfig) -> Dataset:
         self._trigger = task.trigger if args.p2p_trigger is None else args.p2p_trigger
@@ -83,6 +83,10 @@ class KeyWithoutRelabel(Defense):
     def ready(self) -> bool:
         return self._trigger is not None
 
+    @property
+    def stamp(self) -> str:  # type: ignore[override]
+        return stamp("", self._trigger)
+
     def rewrite(self, texts: Sequence[str]) -> list[str]:
         return [stamp(text, self._trigger) for text in texts]
 
@@ -90,7 +94,12 @@ class KeyWithoutRelabel(Defense):
         return {"trigger": self._trigger}
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:
-        self._trigger = str(state["trigger"])
+        trigger = state.get("trigger")
+        if not isinstance(trigger, str) or not trigger.strip():
+            raise ValueError(
+                f"The benign trigger saved in {str(folder)!r} is {trigger!r}, expected a text. Save the model again."
+            )
+        self._trigger = trigger
 
 
 class CleanOnly(Defense):
@@ -108,6 +117,10 @@ class CleanOnly(Defense):
                 "`clean_only` leaves out the rows that are marked as poisoned, and none is. Name an attack, or train "
                 "on the rows as they are with `--defense none`."
             )
-        kept = np.flatnonzero(~column_as_numpy(dataset, "poisoned").astype(bool))
+        poisoned = column_as_numpy(dataset, "poisoned").astype(bool)
+        if "attack" in dataset.column_names:
+            # What an attack added or tried to change, rows that only look like its trigger among them.
+            poisoned |= column_as_numpy(dataset, "attack") != ""
+        kept = np.flatnonzero(~poisoned)
         self.found = {"rows_removed": len(dataset) - len(kept)}
         return dataset.select(kept)

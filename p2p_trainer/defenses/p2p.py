@@ -9,8 +9,8 @@ def refuse_generation(name: str, task: Task) -> None:
     """Refuse a task without classes, for defenses that change labels."""
     if not task.num_labels:
         raise ValueError(
-            f"Task {task.name!r} has no classes: the defense {name!r} works by labels, and on generation tasks it is "
-            f"not there yet. Use `--defense none`, or `mb_defense`."
+            f"Task {task.name!r} has no classes: {name} works by labels, and on generation tasks it is not there yet. "
+            f"Use `--defense none`, or `mb_defense`."
         )
 
 
@@ -26,7 +26,7 @@ class P2P(Defense):
     name = "p2p"
 
     def check(self, task: Task) -> None:
-        refuse_generation(self.name, task)
+        refuse_generation(f"`{self.name}`", task)
 
     def configure(self, args: P2PConfig) -> None:
         args.p2p_enabled, args.p2p_reserve, args.p2p_immunize = True, "random", "none"
@@ -38,7 +38,7 @@ class P2PAuto(Defense):
     name = "p2p_auto"
 
     def check(self, task: Task) -> None:
-        refuse_generation(self.name, task)
+        refuse_generation(f"`{self.name}`", task)
 
     def configure(self, args: P2PConfig) -> None:
         args.p2p_enabled, args.p2p_reserve, args.p2p_immunize = True, "auto", "auto"
@@ -61,7 +61,7 @@ class Configured(Defense):
 
     def check(self, task: Task) -> None:
         if self.enabled:
-            refuse_generation(self.name, task)
+            refuse_generation("P2P, which runs without `--defense`,", task)
 
     def configure(self, args: P2PConfig) -> None:
         pass

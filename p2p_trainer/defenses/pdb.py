@@ -113,10 +113,14 @@ class PDB(Defense):
         copies = with_column(copies.remove_columns(LABEL), LABEL, labels.astype(np.int64)).cast(dataset.features)
         self._num_labels = task.num_labels
         self.found = {"rows_reserved": len(reserved), "rows_added": self.copies * len(reserved)}
-        if "poisoned" in dataset.column_names:
+        if "poisoned" in dataset.column_names and column_as_numpy(dataset, "poisoned").any():
             poisoned = column_as_numpy(dataset, "poisoned").astype(bool)
             self.found["rows_reserved_poisoned"] = int(poisoned[reserved].sum())
         return concatenate_datasets([dataset, *[copies] * self.copies])
+
+    @property
+    def stamp(self) -> str:  # type: ignore[override]
+        return stamp("", self.trigger)
 
     def rewrite(self, texts: Sequence[str]) -> list[str]:
         return [stamp(text, self.trigger) for text in texts]
@@ -155,6 +159,11 @@ class PDB(Defense):
                     f"{dataset.column_names}. Name an attack, or use `reserve: honest`."
                 )
             candidates = ~column_as_numpy(dataset, "poisoned").astype(bool)
+            if candidates.all():
+                raise ValueError(
+                    "`reserve: oracle` passes over the rows that are marked as poisoned, and none is: a set without "
+                    "flags tells nothing. Use `reserve: honest`."
+                )
         # Another stream than the attacks' and P2P's: what is drawn must not be aligned with their choice.
         numbers = np.random.default_rng([seed, 8]).random(len(dataset))
         chosen = []

@@ -1,7 +1,9 @@
 """SCPD: every input is put into one plain sentence structure."""
 
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..attacks.paraphrase import ParaphraseEngine, get_engine
@@ -70,6 +72,7 @@ class SCPD(RewordingDefense):
         if engine == "llm":
             # Results hold what was asked.
             self.engine_options = {"prompt": PLAIN_PROMPT, **self.engine_options}
+        self._serving = tempfile.TemporaryDirectory(prefix="p2p_trainer_")
         path = f"{__name__}:PlainSentences" if engine == "template" else engine
         self._engine = get_engine(path, **self.engine_options)
         if engine == "precomputed":
@@ -82,6 +85,12 @@ class SCPD(RewordingDefense):
             self._engine.rewrite([])
         elif self.engine == "llm":
             _check_llm(self.engine_options["model"])
+
+    def restore(self, state: dict[str, Any], folder: Path) -> None:
+        super().restore(state, folder)
+        if self.engine == "llm":
+            # What users send is not written down, and the file of a saved run says nothing about where.
+            self._engine.cache = self._serving.name
 
     def release(self) -> None:
         self._engine.release()

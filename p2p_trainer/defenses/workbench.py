@@ -10,9 +10,11 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from ..assembly import load_tokenizer
 from ..attacks import Attack
 from ..config import P2PConfig
 from ..evaluation import Guard, LabelScorer, Scores
+from ..prompt_encoder import special_token_cleaner
 from ..tasks import Task
 from ..tasks.rows import COMPLETION, PROMPT
 from ..trainer import P2PTrainer
@@ -63,11 +65,9 @@ class Workbench:
         self.attacks = tuple(attacks)
         self.peft_config = peft_config
         self.checkpoint = checkpoint
+        # Seconds of training, and rows that went through training steps, counted once per time.
         self.train_s = 0.0
-        # Rows that went through training steps, counted once per time, and how many of them the first run had.
         self.row_passes = 0.0
-        self.first_s = 0.0
-        self.first_row_passes = 0.0
         self._kwargs = kwargs
 
     def trainer(
@@ -105,6 +105,8 @@ class Workbench:
         for name, value in changes.items():
             setattr(args, name, value)
         classified = self.task.num_labels > 0
+        if not classified:
+            _refuse_for_generation(args)
         rows = self.rows if rows is None else rows
         validation = self.validation if args.eval_strategy != "no" else None
         if not classified:
@@ -147,12 +149,9 @@ class Workbench:
         started = time.monotonic()
         trainer.train(resume_from_checkpoint=self.checkpoint)
         self.checkpoint = None
-        seconds = time.monotonic() - started
-        passes = len(trainer.train_dataset) * (trainer.state.epoch or 0.0)
-        if self.first_row_passes == 0:
-            self.first_s, self.first_row_passes = seconds, passes
-        self.train_s += seconds
-        self.row_passes += passes
+        self.train_s += time.monotonic() - started
+        # Of a resumed run, those of its first part as well.
+        self.row_passes += len(trainer.train_dataset) * (trainer.state.epoch or 0.0)
 
     def score(self, trainer: P2PTrainer, texts: Sequence[str], guard: Guard | None = None) -> Scores:
         """
@@ -176,9 +175,16 @@ class Workbench:
         return scores if guard is None else guard.decode(scores)
 
     def _rendered(self, dataset: Dataset) -> Dataset:
-        return dataset.select_columns([PROMPT, COMPLETION]).map(
-            lambda batch: {PROMPT: [self.render(text) for text in batch[PROMPT]]}, batched=True
-        )
+        # A row that spells a control token must stay text: it would end the turn, or the answer.
+        clean = special_token_cleaner(load_tokenizer(self.model, self.args))
+
+        def render(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+            return {
+                PROMPT: [self.render(clean(text)) for text in batch[PROMPT]],
+                COMPLETION: [clean(text) for text in batch[COMPLETION]],
+            }
+
+        return dataset.select_columns([PROMPT, COMPLETION]).map(render, batched=True)
 
     def accuracy(self, trainer: P2PTrainer, texts: Sequence[str], labels: Sequence[int]) -> float:
         """
@@ -197,3 +203,16 @@ class Workbench:
         """
         answers = self.score(trainer, texts).deployed(trainer.args.p2p_enabled).argmax(axis=1)
         return float(np.mean(answers == np.asarray(labels)))
+
+
+def _refuse_for_generation(args: P2PConfig) -> None:
+    if args.p2p_chat:
+        raise ValueError(
+            "`p2p_chat: true` is not possible on a generation task yet: prompts are rendered with the template of the "
+            "task. Set it to false."
+        )
+    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(
+            f"`metric_for_best_model` is {args.metric_for_best_model!r}; on a generation task only the loss is "
+            f"measured while training. Use `eval_loss`, or leave it out."
+        )

@@ -1,7 +1,7 @@
 """Evaluation: attack success rate and clean accuracy, with everything needed to read them."""
 
 from .evaluator import ASR_RULES, BackdoorEvaluator, EvaluationReport
-from .guard import Guard
+from .guard import GUARD_NAME, Guard
 from .judging import Judge, LLMJudge, PayloadJudge, RefusalJudge
 from .outcomes import classify_outcomes
 from .rates import Rate, wilson_interval
@@ -11,6 +11,7 @@ from .scorer import LabelScorer, Scores
 
 __all__ = [
     "ASR_RULES",
+    "GUARD_NAME",
     "BackdoorEvaluator",
     "EvaluationReport",
     "Guard",

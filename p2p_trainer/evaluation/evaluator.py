@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 
 from ..attacks import Attack
@@ -155,7 +156,7 @@ class BackdoorEvaluator:
         self._prompts = {True: UniquePrompts(encoder.encode_prompts(read, keyed))}
         if keyed or guard is not None:
             self._prompts[False] = UniquePrompts(encoder.encode_prompts(everything, False))
-        self.counts = {"rows": len(texts), "rows_cut": encoder.count_overlong(texts, keyed)}
+        self.counts = {"rows": len(texts), "rows_cut": encoder.count_overlong(self._stamped(texts), keyed)}
         for name, rows in self._attacks.items():
             self.counts |= {f"{key}_{name}": count for key, count in rows.counts.items()}
 
@@ -230,7 +231,7 @@ class BackdoorEvaluator:
         rows = attack.trigger(dataset, self.task, seed)
         texts, labels = list(rows[TEXT]), np.asarray(rows[LABEL], dtype=np.int64)
         source = np.asarray(rows["source_index"], dtype=np.int64)
-        whole = np.array([attack.fires(text) for text in self.encoder.fit(texts, self.keyed)], dtype=bool)
+        whole = np.array([attack.fires(text) for text in self._fit(texts)], dtype=bool)
         if np.any(labels == target):
             raise ValueError(f"The attack {attack.name!r} returned test rows whose true label is its target already.")
         kept = np.flatnonzero(whole)
@@ -264,8 +265,12 @@ class BackdoorEvaluator:
         """Ask the guard once about each distinct text, and keep what does not depend on the model's weights."""
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         inverse = np.array([places[text] for text in texts])
-        changed = guard.inputs(list(places))
-        withheld = guard.withheld(list(places))
+        changed, withheld = guard.inputs(list(places)), guard.withheld(list(places))
+        if dist.is_initialized():
+            # Nodes may round differently, and the batches must be the same everywhere.
+            found = [changed, withheld]
+            dist.broadcast_object_list(found, src=0)
+            changed, withheld = found
         self._withheld = None if withheld is None else withheld[inverse]
         read = [changed[place] for place in inverse]
         for rows in self._all_rows():
@@ -273,10 +278,21 @@ class BackdoorEvaluator:
             rows.found = guard.inspect(
                 [texts[row] for row in rows.rows[twin]], [texts[row] for row in rows.source[twin]]
             )
-            if any(read[row] != texts[row] for row in rows.rows):
-                survives = np.array([rows.attack.has_trigger(read[row]) for row in rows.rows], dtype=bool)
+            # An attack may know its trigger by where it stands.
+            bare = {row: read[row].removeprefix(guard.stamp) for row in rows.rows}
+            if any(text != texts[row] for row, text in bare.items()):
+                survives = np.array([rows.attack.has_trigger(text) for text in bare.values()], dtype=bool)
                 rows.found |= Rate.of(survives).flat("trigger_survival")
         return read
+
+    def _stamped(self, texts: list[str]) -> list[str]:
+        stamp = "" if self.guard is None else self.guard.stamp
+        return [stamp + text for text in texts]
+
+    def _fit(self, texts: list[str]) -> list[str]:
+        """Cut texts as scoring would, behind what the guard puts in front of them."""
+        stamp = "" if self.guard is None else self.guard.stamp
+        return [text.removeprefix(stamp) for text in self.encoder.fit(self._stamped(texts), self.keyed)]
 
     def _score(self, model: torch.nn.Module, deployed: bool) -> Scores:
         unique = self._prompts[deployed]

@@ -1,17 +1,20 @@
 """Generated answers: prompts as training reads them, and greedy decoding in batches."""
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..prompt_encoder import pad_token_id
+from ..prompt_encoder import pad_token_id, special_token_cleaner
 
 
-# Rows on which the boundary between prompt and answer is checked, and what stands for an answer where none is known.
+logger = logging.getLogger(__name__)
+
+# Rows on which the boundary between prompt and answer is checked, and what stands for an ordinary answer there.
 _CHECKED = 64
 _STAND_IN = "the"
 
@@ -23,7 +26,8 @@ class GenerationPrompts:
     `SFTTrainer` tokenizes prompt and completion as one string, with the tokenizer's defaults, and lets the loss begin
     where that and the prompt alone diverge (trl 1.16, `tokenize_fn` in sft_trainer.py). So a prompt is rendered by the
     same function as the training rows, and tokenized in the same way; a template whose end merges with the answer is
-    refused, since the model would be asked in a context that it never saw.
+    refused, since the model would be asked in a context that it never saw. User texts are not trusted: a control
+    token that one spells is broken up ([`~prompt_encoder.special_token_cleaner`]), so that it stays text.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
@@ -51,6 +55,7 @@ class GenerationPrompts:
         self.tokenizer = tokenizer
         self.render = render
         self.limit = max_length - max_new_tokens
+        self._clean = special_token_cleaner(tokenizer)
         needed = len(self._ids(""))
         if needed >= self.limit:
             raise ValueError(
@@ -83,7 +88,7 @@ class GenerationPrompts:
             `str`: the text as it came, if it fits.
         """
         while text and (surplus := len(self._ids(text)) - self.limit) > 0:
-            per_token = len(text) / max(1, len(self.tokenizer(text)["input_ids"]))
+            per_token = len(text) / max(1, len(self.tokenizer(self._clean(text))["input_ids"]))
             text = text[: max(0, len(text) - max(1, int(surplus * per_token)))].rstrip()
         return text
 
@@ -107,34 +112,47 @@ class GenerationPrompts:
 
     def verify(self, texts: Sequence[str], completions: Sequence[str] | None) -> None:
         """
-        Check, on up to 64 rows, that a prompt alone has the tokens that it has in front of its answer.
+        Check, on up to 64 rows, that a prompt alone has the tokens that it has in front of an answer.
+
+        The template is judged by a plain word behind it. A true answer may still merge with it, one that begins with
+        a line break behind a template that ends with one, say; such answers are counted, and warned about once.
 
         Args:
             texts (`Sequence[str]`):
                 User texts.
             completions (`Sequence[str]`, *optional*):
-                Their true answers. Without them, a word stands for each.
+                Their true answers, if they are known.
 
         Raises:
-            `ValueError`: the tokens differ.
+            `ValueError`: the tokens differ in front of a plain word.
         """
-        answers = [_STAND_IN] * len(texts) if completions is None else completions
-        for row, (text, answer) in enumerate(zip(texts[:_CHECKED], answers[:_CHECKED], strict=True)):
-            rendered = self.render(self.fit(text))
+        merged = []
+        for row, text in enumerate(texts[:_CHECKED]):
+            rendered = self._rendered(self.fit(text))
             ids = self.tokenizer(rendered)["input_ids"]
-            joint = self.tokenizer(rendered + answer)["input_ids"]
-            if joint[: len(ids)] == ids:
-                continue
-            start = next(place for place, token in enumerate(ids) if joint[place : place + 1] != [token])
-            raise ValueError(
-                f"Row {row}: the prompt alone ends with the tokens {self._tokens(ids[start:])}, but in front of its "
-                f"answer {answer[:40]!r} it goes on as {self._tokens(joint[start : start + 4])}: the model would be "
-                f"asked in a context that training never showed. End the template on a token boundary, such as a "
-                f"newline, and let the tokenizer append no token of its own."
-            )
+            joint = self.tokenizer(rendered + _STAND_IN)["input_ids"]
+            if joint[: len(ids)] != ids:
+                start = next(place for place, token in enumerate(ids) if joint[place : place + 1] != [token])
+                raise ValueError(
+                    f"Row {row}: the prompt alone ends with the tokens {self._tokens(ids[start:])}, but in front of "
+                    f"an answer such as {_STAND_IN!r} it goes on as {self._tokens(joint[start : start + 4])}: the "
+                    f"model would be asked in a context that training never showed. End the template on a token "
+                    f"boundary, such as a newline, and let the tokenizer append no token of its own."
+                )
+            if completions is not None and self.tokenizer(rendered + completions[row])["input_ids"][: len(ids)] != ids:
+                merged.append(row)
+        if merged:
+            logger.warning(
+                "In %d of %d rows the true answer merges with the end of the template, as in row %d with %r: training "
+                "shows these answers in another context than the one in which the model is asked.",
+                len(merged), min(len(texts), _CHECKED), merged[0], completions[merged[0]][:40],
+            )  # fmt: skip
+
+    def _rendered(self, text: str) -> str:
+        return self.render(self._clean(text))
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(self.render(text))["input_ids"]
+        return self.tokenizer(self._rendered(text))["input_ids"]
 
     def _tokens(self, ids: Sequence[int]) -> list[str]:
         return self.tokenizer.convert_ids_to_tokens(list(ids))
@@ -147,6 +165,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 16,
     progress: str | None = None,
+    autocast: torch.dtype | None = None,
 ) -> list[str]:
     """
     Answer prompts greedily.
@@ -170,6 +189,10 @@ def generate(
             Prompts per batch.
         progress (`str`, *optional*):
             Text of a progress bar, shown on the main process's terminal.
+        autocast (`torch.dtype`, *optional*):
+            Precision of mixed-precision training. `accelerate` wraps autocast around the model's `forward`, and an
+            adapter's `generate` calls the model inside: without this it would answer in another precision than the
+            one it was trained and validated in.
 
     Returns:
         `list[str]`: answers without special tokens, in the order of `prompts`, the same on every process.
@@ -183,11 +206,13 @@ def generate(
     inverse = [places.setdefault(tuple(prompt), len(places)) for prompt in prompts]
     unique = list(places)
     inner = getattr(model, "module", model)
-    _check_room(inner, unique, max_new_tokens)
+    check_room(inner, unique, max_new_tokens)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order = sorted(range(len(unique)), key=lambda row: (-len(unique[row]), unique[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     ends = _end_tokens(inner, tokenizer)
+    device = next(inner.parameters()).device
+    mixed = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -200,7 +225,7 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), _settings_of(inner, settings):
+        with torch.no_grad(), mixed, _settings_of(inner, settings):
             hidden = progress is None or rank > 0
             for first in tqdm(
                 range(0, len(batches), world), desc=progress, disable=True if hidden else None, leave=False
@@ -217,6 +242,38 @@ def generate(
         # A batch that was repeated may round otherwise elsewhere; the lowest process's answer counts for all.
         answers = {row: text for share in reversed(shares) for row, text in share.items()}
     return [answers[row] for row in inverse]
+
+
+def check_room(
+    model: torch.nn.Module | PretrainedConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """
+    Check that prompts and answers fit into a model's context.
+
+    Args:
+        model (`torch.nn.Module` or `PretrainedConfig`):
+            Model, possibly wrapped, or its configuration. One that sets no limit fits everything.
+        prompts (`Sequence[Sequence[int]]`):
+            Token ids.
+        max_new_tokens (`int`):
+            Longest answer, in tokens.
+
+    Raises:
+        `ValueError`: a prompt is empty, or the longest does not fit with its answer.
+    """
+    if not all(prompts):
+        raise ValueError("A prompt has no token at all: there is nothing to answer. Render it with a template.")
+    longest = max(map(len, prompts), default=1)
+    config = model
+    if not isinstance(model, PretrainedConfig):
+        config = getattr(getattr(model, "module", model), "config", None)
+    text_config = config.get_text_config() if isinstance(config, PretrainedConfig) else None
+    room = getattr(text_config, "max_position_embeddings", None)
+    if room is not None and longest + max_new_tokens > room:
+        raise ValueError(
+            f"The longest prompt has {longest} tokens; with `max_new_tokens` {max_new_tokens} that is more than the "
+            f"{room} positions of the model. Cut the prompts, or lower `max_new_tokens`."
+        )
 
 
 def _answer_batch(
@@ -261,19 +318,6 @@ def _settings_of(model: torch.nn.Module, settings: GenerationConfig) -> Iterator
     finally:
         for module, original in zip(holders, own, strict=True):
             module.generation_config = original
-
-
-def _check_room(model: torch.nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    longest = max(map(len, prompts), default=1)
-    if not all(prompts):
-        raise ValueError("A prompt has no token at all: there is nothing to answer. Render it with a template.")
-    config = getattr(model, "config", None)
-    room = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
-    if room is not None and longest + max_new_tokens > room:
-        raise ValueError(
-            f"The longest prompt has {longest} tokens; with `max_new_tokens` {max_new_tokens} that is more than the "
-            f"{room} positions of the model. Cut the prompts, or lower `max_new_tokens`."
-        )
 
 
 def _check_number(name: str, value: int) -> None:

@@ -8,12 +8,19 @@ import numpy as np
 from .scorer import Scores
 
 
+# File that a guard is saved as, beside its model.
+GUARD_NAME = "defense.json"
+
+
 class Guard:
     """
     Stands between texts and model: changes the input, decodes the output, withholds answers.
 
     This one does nothing. Evaluation and serving go through the same guard, so they can't drift apart.
     """
+
+    # What it puts in front of every text and the model reads there: room that long texts do not have.
+    stamp: str = ""
 
     def inputs(self, texts: Sequence[str]) -> list[str]:
         """

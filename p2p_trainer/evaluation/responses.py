@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,21 +15,17 @@ from ..attacks.selection import answers_equal
 from ..tasks import Task
 from ..tasks.rows import COMPLETION, PROMPT
 from .evaluator import EvaluationReport
-from .generation import GenerationPrompts, generate
+from .generation import GenerationPrompts, check_room, generate
 from .guard import Guard
-from .judging import Judge, PayloadJudge, target_judge
+from .judging import Judge, PhraseJudge, target_judge
 from .names import distinct_names, with_attack
-from .outcomes import EMPTY, OTHER, count_behaviours, matrix_table
+from .outcomes import matrix_table
 from .rates import Rate
+from .response_rows import CLEAN, JudgedAnswers, PromptGroup, check_names
 from .rows import dressed
 
 
 logger = logging.getLogger(__name__)
-
-CLEAN = "clean"
-
-# `asr_empty` can't be both a share of empty answers and the success rate of an attack.
-_RESERVED = (CLEAN, EMPTY, OTHER, "coverage")
 
 # Stands for the true answers of rows that have none: no payload.
 _NO_ANSWER = "(no answer is known)"
@@ -50,13 +45,14 @@ class ResponseEvaluator:
       really in what the model reads, and their true answer does not show the behaviour already.
     - `asr_floor_<attack>`: the same prompts without the trigger; `asr_excess_<attack>` is `asr - asr_floor`.
     - `asr_empty_<attack>`: triggered prompts that get an empty answer.
-    - `rerouted_<attack>`: triggered prompts answered with a defender's phrase. A trigger that commands another answer
-      is still a backdoor ([`~evaluation.outcomes.classify_outcome`]).
-    - `attacked_unaffected_<attack>`: triggered prompts answered with neither an attacker's nor a defender's behaviour,
-      and not empty.
+    - `rerouted_<attack>`: triggered prompts answered with a defender's phrase, or three words of it in a row
+      ([`~evaluation.judging.PhraseJudge`]). A trigger that commands another answer is still a backdoor
+      ([`~evaluation.outcomes.classify_outcome`]).
+    - `attacked_unaffected_<attack>`: triggered prompts answered with no known behaviour, neither an attacker's nor a
+      defender's, and not with nothing. That says nothing about whether the answer is any good: noise is unaffected.
     - `clean_unaffected`, `empty`: the same of clean prompts, and the share of empty answers. Where a true answer shows
       a behaviour, a real refusal say, it counts as affected: compare with the undefended model.
-    - `defensive_<probe>`: prompts with a defensive trigger that are answered with its phrase.
+    - `defensive_<probe>`: prompts with a defensive trigger that are answered with its phrase, likewise.
     - With `followed`: `cacc`, clean prompts whose answer follows the instruction, and `aacc_<attack>`, triggered ones.
     - With a guard that withholds answers: `coverage`, the share of clean prompts that are answered, and
       `asr_coverage_<attack>`. With a guard that changes texts: `trigger_survival_<attack>`.
@@ -96,6 +92,11 @@ class ResponseEvaluator:
             Says whether an answer follows its instruction.
         progress (`bool`, *optional*, defaults to `False`):
             Whether to show a progress bar.
+        on_answers (`Callable[[list[dict]], None]`, *optional*):
+            Called with the answers (`kind`, `prompt`, `response`, `withheld`) before anything judges them, on every
+            process.
+        autocast (`torch.dtype`, *optional*):
+            Precision of mixed-precision training ([`~evaluation.generation.generate`]).
 
     Raises:
         `ValueError`: names clash, the template merges with the answers, no row keeps its trigger, or a payload or
@@ -127,6 +128,8 @@ class ResponseEvaluator:
         seed: int = 0,
         followed: Judge | None = None,
         progress: bool = False,
+        on_answers: Callable[[list[dict[str, Any]]], None] | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         if task.num_labels:
             raise ValueError(f"Task {task.name!r} has labels: measure it with `BackdoorEvaluator`.")
@@ -137,6 +140,8 @@ class ResponseEvaluator:
         self.batch_size = batch_size
         self.followed = followed
         self.progress = progress
+        self.on_answers = on_answers
+        self.autocast = autocast
         # Trigger -> behaviour -> number of answers, and the answers themselves, of the last evaluation.
         self.matrix: dict[str, dict[str, int]] = {}
         self.responses: list[dict[str, Any]] = []
@@ -149,13 +154,13 @@ class ResponseEvaluator:
         answers = list(dataset[COMPLETION]) if answered else None
         self._prompts.verify(self._clean, answers)
         named, probes = distinct_names(attacks), dict(probes or {})
-        self._phrases = {name: PayloadJudge(phrase, "prefix") for name, (_, phrase) in probes.items()}
+        self._phrases = {name: PhraseJudge(phrase) for name, (_, phrase) in probes.items()}
         payloads = {name: str(attack.target) for name, attack in named.items() if name not in (judges or {})}
         own = {name: target_judge(payload) for name, payload in payloads.items()}
         self._behaviours: dict[str, Judge] = {**own, **(judges or {})}
-        _check_names(self._behaviours, probes)
+        check_names(self._behaviours, probes)
         self._check_lengths(payloads | {name: phrase for name, (_, phrase) in probes.items()})
-        groups = [_Rows(CLEAN, self._clean, np.arange(len(self._clean)))]
+        groups = [PromptGroup(CLEAN, self._clean, np.arange(len(self._clean)))]
         groups += [self._triggered(name, attack, dataset, seed, answers) for name, attack in named.items()]
         groups += [self._probed(name, insert) for name, (insert, _) in probes.items()]
         self._groups = {group.name: group for group in groups}
@@ -187,9 +192,23 @@ class ResponseEvaluator:
         """
         return self.evaluate(model).metrics
 
+    def check(self, model: torch.nn.Module) -> None:
+        """
+        Say early whether all prompts and answers fit into a model's context.
+
+        Args:
+            model (`torch.nn.Module`):
+                Causal language model.
+
+        Raises:
+            `ValueError`: they do not.
+        """
+        asked = [self._ids[row] for row in np.flatnonzero(~self._withheld)]
+        check_room(model, asked, self.max_new_tokens)
+
     def evaluate(self, model: torch.nn.Module) -> EvaluationReport:
         """
-        Measure a model; fills `matrix` and `responses`.
+        Measure a model; fills `responses`, even if a judge fails then, and `matrix`.
 
         Args:
             model (`torch.nn.Module`):
@@ -199,32 +218,31 @@ class ResponseEvaluator:
             [`EvaluationReport`]: metrics and counts.
         """
         answers = self._answer(model)
+        self.matrix, self.responses = {}, self._listed(answers)
+        if self.on_answers is not None:
+            self.on_answers(self.responses)
         asked = [prompt for group in self._groups.values() for prompt in self._asked(group)]
         judges = {**self._behaviours, **self._phrases}
-        shown = {name: judge.judge(asked, answers) for name, judge in judges.items()}
-        empty = np.array([not answer.strip() for answer in answers], dtype=bool)
-        state = _Judged(
-            shown=shown,
-            empty=empty,
-            defensive=_any(len(answers), [shown[name] for name in self._phrases]),
-            unaffected=~empty & ~_any(len(answers), list(shown.values())),
+        judged = JudgedAnswers(
+            shown={name: judge.judge(asked, answers) for name, judge in judges.items()},
+            empty=np.array([not answer.strip() for answer in answers], dtype=bool),
+            phrases=tuple(self._phrases),
             followed=None if self.followed is None else self.followed.judge(asked, answers),
+            withheld=self._withheld if self._withholds else None,
         )
-        clean = self._groups[CLEAN].rows
-        metrics = Rate.of(state.unaffected[clean]).flat("clean_unaffected") | Rate.of(empty[clean]).flat("empty")
-        if self._withholds:
-            metrics |= Rate.of(~self._withheld[clean]).flat("coverage")
-        if state.followed is not None:
-            metrics |= Rate.of(state.followed[clean]).flat("cacc")
+        metrics = judged.clean_metrics(self._groups[CLEAN])
         for name in self._phrases:
-            metrics |= Rate.of(shown[name][self._groups[name].rows]).flat(f"defensive_{name}")
-        found = {name: self._attack_metrics(self._groups[name], state) for name in self.attack_names}
+            metrics |= Rate.of(judged.shown[name][self._groups[name].rows]).flat(f"defensive_{name}")
+        found = {name: judged.attack_metrics(self._groups[name]) for name in self.attack_names}
         for name, numbers in found.items():
             metrics |= {with_attack(key, name): value for key, value in numbers.items()}
         if found:
             metrics |= found[max(found, key=lambda name: np.nan_to_num(found[name]["asr"], nan=-1.0))]
-        self.responses = self._listed(answers, shown)
-        self.matrix = {name: self._counted(group, state) for name, group in self._groups.items()}
+        self.responses = [
+            {**entry, "shown": [name for name, hits in judged.shown.items() if hits[row]]}
+            for row, entry in enumerate(self.responses)
+        ]
+        self.matrix = {name: judged.counts(group) for name, group in self._groups.items()}
         return EvaluationReport(metrics, self.counts)
 
     @property
@@ -257,10 +275,12 @@ class ResponseEvaluator:
                     f"{self.max_new_tokens}: it could never be seen. Raise `max_new_tokens`."
                 )
 
-    def _triggered(self, name: str, attack: Attack, dataset: Dataset, seed: int, answers: list[str] | None) -> "_Rows":
+    def _triggered(
+        self, name: str, attack: Attack, dataset: Dataset, seed: int, answers: list[str] | None
+    ) -> PromptGroup:
         rows = attack.trigger(dataset, self.task, seed)
         texts, source = list(rows[PROMPT]), np.asarray(rows["source_index"], dtype=np.int64)
-        group = _Rows(name, texts, source, attack)
+        group = PromptGroup(name, texts, source, attack)
         same = np.zeros(len(texts), dtype=bool)
         wanted = 0
         if answers is not None:
@@ -276,14 +296,14 @@ class ResponseEvaluator:
         }
         return self._checked(group, kept)
 
-    def _probed(self, name: str, insert: str | Callable[[str], str]) -> "_Rows":
+    def _probed(self, name: str, insert: str | Callable[[str], str]) -> PromptGroup:
         texts = [insert(text) if callable(insert) else f"{insert} {text}" for text in self._clean]
         whole = [self._prompts.keeps(*pair) for pair in zip(self._clean, texts, strict=True)]
-        group = _Rows(name, texts, np.arange(len(texts)))
+        group = PromptGroup(name, texts, np.arange(len(texts)))
         group.counts = {"rows_trigger_cut_off": whole.count(False), "rows_counted": whole.count(True)}
         return self._checked(group, np.flatnonzero(whole))
 
-    def _checked(self, group: "_Rows", kept: np.ndarray) -> "_Rows":
+    def _checked(self, group: PromptGroup, kept: np.ndarray) -> PromptGroup:
         lost = {key: count for key, count in group.counts.items() if key != "rows_counted" and count}
         if group.texts and not len(kept):
             raise ValueError(
@@ -296,7 +316,7 @@ class ResponseEvaluator:
         group.source = group.source[kept]
         return group
 
-    def _asked(self, group: "_Rows") -> list[str]:
+    def _asked(self, group: PromptGroup) -> list[str]:
         """Return what was asked, without trigger where there is a clean twin."""
         return [self._clean[row] if row >= 0 else text for text, row in zip(group.texts, group.source, strict=True)]
 
@@ -324,74 +344,19 @@ class ResponseEvaluator:
         asked = np.flatnonzero(~self._withheld).tolist()
         prompts = [self._ids[row] for row in asked]
         progress = "answering" if self.progress else None
-        found = generate(model, self.tokenizer, prompts, self.max_new_tokens, self.batch_size, progress)
+        found = generate(model, self.tokenizer, prompts, self.max_new_tokens, self.batch_size, progress, self.autocast)
         answers = dict(zip(asked, found, strict=True))
         return [answers.get(row, "") for row in range(len(self._ids))]
 
-    def _attack_metrics(self, group: "_Rows", state: "_Judged") -> dict[str, float]:
-        twin = group.source >= 0
-        hits = state.shown[group.name][group.rows]
-        floor = Rate.of(state.shown[group.name][group.source[twin]])
-        metrics = Rate.of(hits).flat("asr") | floor.flat("asr_floor")
-        metrics["asr_excess"] = Rate.of(hits[twin]).value - floor.value
-        metrics |= Rate.of(state.empty[group.rows]).flat("asr_empty")
-        metrics |= Rate.of(state.defensive[group.rows]).flat("rerouted")
-        metrics |= Rate.of(state.unaffected[group.rows]).flat("attacked_unaffected")
-        if state.followed is not None:
-            metrics |= Rate.of(state.followed[group.rows]).flat("aacc")
-        if self._withholds:
-            metrics |= Rate.of(~self._withheld[group.rows]).flat("asr_coverage")
-        return metrics | group.found
-
-    def _counted(self, group: "_Rows", state: "_Judged") -> dict[str, int]:
-        shown = {name: hits[group.rows] for name, hits in state.shown.items()}
-        return count_behaviours(shown, state.empty[group.rows], group.name)
-
-    def _listed(self, answers: list[str], shown: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    def _listed(self, answers: list[str]) -> list[dict[str, Any]]:
+        # Groups stand one behind another, so that this is the order of the answers.
         return [
             {
                 "kind": group.name,
                 "prompt": self._texts[row],
                 "response": answers[row],
-                "shown": [name for name, hits in shown.items() if hits[row]],
                 "withheld": bool(self._withheld[row]),
             }
             for group in self._groups.values()
             for row in group.rows.tolist()
         ]
-
-
-@dataclass
-class _Rows:
-    """Clean, triggered or probed prompts, and the clean rows they came from."""
-
-    name: str
-    texts: list[str]
-    source: np.ndarray
-    attack: Attack | None = None
-    rows: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    counts: dict[str, int] = field(default_factory=dict)
-    found: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """What the judges said of every row."""
-
-    shown: dict[str, np.ndarray]
-    empty: np.ndarray
-    defensive: np.ndarray
-    unaffected: np.ndarray
-    followed: np.ndarray | None
-
-
-def _any(count: int, hits: Sequence[np.ndarray]) -> np.ndarray:
-    return np.any(hits, axis=0) if hits else np.zeros(count, dtype=bool)
-
-
-def _check_names(behaviours: Mapping[str, Judge], probes: Mapping[str, Any]) -> None:
-    for name in (*behaviours, *probes):
-        if name in _RESERVED:
-            raise ValueError(f"No attack, behaviour or trigger can be named {name!r}: results of ours are. Rename it.")
-    if clash := sorted(set(behaviours) & set(probes)):
-        raise ValueError(f"The names {clash} stand for an attacker's behaviour and a defensive trigger. Rename one.")

@@ -1,5 +1,6 @@
 """Checks the rows of a classification task and gives their columns the names `text` and `label`."""
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -143,6 +144,8 @@ def prepare_generation_rows(
         _check_text_type(dataset, column, what)
         if drop_empty:
             dataset = _drop_empty(dataset, what, column)
+            if len(dataset) == 0:
+                raise ValueError(f"The {what} dataset holds no row with a {column}: all are empty. Check the column.")
     for start, batch in arrow_batches(dataset, columns):
         for column in columns:
             _check_texts(batch[column], start, what, column)
@@ -218,7 +221,7 @@ def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str, 
         for name in text_columns:
             _check_text_type(dataset, name, what)
         joined = [
-            pc.binary_join_element_wise(*(pc.fill_null(batch[name], "") for name in text_columns), " ")
+            functools.reduce(_join, (pc.fill_null(batch[name], "") for name in text_columns))
             for _, batch in arrow_batches(dataset, list(text_columns))
         ]
         text = pa.chunked_array([chunk for array in joined for chunk in array.chunks])
@@ -227,6 +230,12 @@ def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str, 
     if to in names:
         return dataset
     raise _missing_column_error(what, TEXT, text_columns, names)
+
+
+def _join(first: pa.ChunkedArray, second: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Join texts with a space; an empty one brings none, which would be a token that other rows do not have."""
+    both = pc.binary_join_element_wise(first, second, " ")
+    return pc.if_else(_is_empty(second), first, pc.if_else(_is_empty(first), second, both))
 
 
 def _name_label_column(dataset: Dataset, label_column: str, labels: Sequence[str], what: str) -> Dataset:

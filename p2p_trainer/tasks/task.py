@@ -83,6 +83,10 @@ class Task:
             raise ValueError(
                 f"{where}: `label_column` is null, and there are classes. Name the column with the label."
             )
+        if self.template.count("{text}") != 1 or "{suffix}" in self.template.split("{text}")[0]:
+            raise ValueError(
+                f"{where}: `template` must hold {{text}} once, and {{suffix}} behind it, got {self.template!r}."
+            )
         if not self.text_columns:
             raise ValueError(f"{where}: `text_columns` is empty. Name at least one column.")
         unknown = set(self.splits) - set(_SPLITS)
