@@ -222,6 +222,31 @@ def test_back_translation_with_real_models(marian):
     assert results[0][0] != texts and all(text == text.lower() for text in results[0][0])
 
 
+def test_translations_are_the_same_within_autocast(marian):
+    lines = [row["text"] for row in make_rows(24, seed=3)]
+    outside, inside = (MarianTranslator(marian["to"], 3, 16, 8) for _ in range(2))
+    expected = outside.translate(lines)
+    seen = []
+    with torch.autocast("cpu", torch.bfloat16):
+        inside.translate(lines[:1])
+        head = inside._loaded[0].lm_head
+        head.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+        assert inside.translate(lines) == expected and torch.is_autocast_enabled("cpu")
+    assert set(seen) == {torch.float32}
+
+
+def test_known_texts_are_bounded(monkeypatch):
+    monkeypatch.setattr("p2p_trainer.defenses.back_translation._KNOWN_TEXTS", 2)
+    pairs = {letter: letter.upper() for letter in "abcd"}
+    defense = with_dictionaries(pairs, {new: new * 2 for new in pairs.values()}, match_style=False)
+    # More texts than are kept, one of them known before, are answered all the same.
+    assert defense.rewrite(["a"]) == ["AA"]
+    assert defense.rewrite(["b", "a", "c", " ", "d", "b"]) == ["BB", "AA", "CC", " ", "DD", "BB"]
+    assert list(defense._memory) == ["c", "d"] and defense.compute.serving_passes == 6 + 5 * 6
+    assert defense.rewrite(["d", "a"]) == ["DD", "AA"] and list(defense._memory) == ["d", "a"]
+    assert defense._translators[0].asked == ["a", "b", "c", "d", "a"]
+
+
 def test_settings_are_whole_and_absolute(marian, monkeypatch):
     monkeypatch.chdir(Path(marian["to"]).parent)
     defense = get_defense("back_tr", engine_options={"to": "to", "num_beams": 1})

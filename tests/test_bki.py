@@ -1,9 +1,10 @@
 """BKI: what is scored, ranked and dropped, and the second run."""
 
+import gc
 import json
 import logging
 import math
-from types import SimpleNamespace
+import weakref
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from p2p_trainer.attacks import get_attack
 from p2p_trainer.defenses import Workbench, get_defense
 from p2p_trainer.defenses.bki import deletions, find_keywords, rank_keywords, top_words, word_scores, words_of
 from p2p_trainer.defenses.hidden_states import last_hidden_states
+from p2p_trainer.defenses.runs import make_room
 from tests.conftest import make_rows
-from tests.tiny_runs import TASK, config
+from tests.tiny_runs import TASK, config, lora
 
 
 # Top words of six texts.
@@ -91,7 +93,10 @@ class SumModel(torch.nn.Module):
         assert not self.training
         self.sizes.append(tuple(input_ids.shape))
         states = (self.vectors[input_ids] * attention_mask[..., None]).cumsum(1)
-        return SimpleNamespace(hidden_states=(None, states))
+        return (states,)
+
+    def get_decoder(self):
+        return self
 
 
 class WordEncoder:
@@ -132,6 +137,32 @@ def test_state_is_that_of_the_last_layer_at_the_last_token(tiny_model):
     assert last_hidden_states(model, [], 0).shape[0] == 0
 
 
+@pytest.mark.parametrize("peft", [False, True])
+def test_no_other_layer_is_kept_and_autocast_holds(tiny_model, tmp_path, peft):
+    args = config(tmp_path, p2p_enabled=False, bf16=True, use_cpu=True, max_steps=1)
+    adapter = lora(target_modules="all-linear") if peft else None
+    bench = Workbench(tiny_model, args, TASK, Dataset.from_list(make_rows(16)), peft_config=adapter)
+    trainer = bench.trainer()
+    trainer.train()
+    model, asked = trainer.model.eval(), []
+
+    def count_hooks():
+        return sum(len(module._forward_hooks) for module in model.modules())
+
+    prompts = [[5, 6, 7], [9, 10, 11]]
+    with torch.no_grad():
+        states = model(torch.tensor(prompts), output_hidden_states=True).hidden_states[-1][:, -1]
+        plain = model.get_decoder()(torch.tensor(prompts)).last_hidden_state[:, -1]
+    hook = model.register_forward_pre_hook(lambda module, inputs, named: asked.append(named), with_kwargs=True)
+    hooks = count_hooks()
+    found = last_hidden_states(model, prompts, model.config.pad_token_id)
+    hook.remove()
+    # The same as before bit for bit, in the mixed precision of the run.
+    assert np.array_equal(found, states.float().numpy()) and not torch.equal(torch.from_numpy(found), plain)
+    assert len(asked) == 1 and "output_hidden_states" not in asked[0]
+    assert count_hooks() == hooks
+
+
 def poisoned_rows():
     return get_attack("badnets", target="positive", poison_rate=0.2).poison(Dataset.from_list(make_rows(80)), TASK, 0)
 
@@ -169,7 +200,7 @@ def test_run_drops_the_poisoned_rows_and_trains_on_the_rest(tiny_model, tmp_path
     assert list(tmp_path.glob("checkpoint-*")) == []
 
 
-def searched(monkeypatch, tiny_model, folder, rows, tables, **options):
+def searched(monkeypatch, tiny_model, folder, rows, tables, attacks=(), **options):
     """Run a defense whose scores are made up: word -> score."""
 
     def scores(model, encoder, texts, keyed, max_words, batch_size):
@@ -182,6 +213,7 @@ def searched(monkeypatch, tiny_model, folder, rows, tables, **options):
     monkeypatch.setattr("p2p_trainer.defenses.bki.word_scores", scores)
     defense = get_defense("bki", **options)
     bench = bench_of(tiny_model, folder, rows, max_steps=2)
+    bench.attacks = tuple(attacks)
     first = defense.build(bench)
     return defense, first, defense.train(first, bench), scored
 
@@ -222,14 +254,78 @@ def test_without_keyword_the_first_model_stays(tiny_model, tmp_path, monkeypatch
     assert (defense.found["removal_precision"], defense.found["removal_recall"]) == (None, 0.0)
 
 
-def test_losing_most_of_a_class_is_a_warning_and_all_of_it_an_error(tiny_model, tmp_path, monkeypatch, caplog):
-    texts = ["good a", "x", "good b", "y", "c", "z"]
+def test_losing_most_of_a_class_is_a_warning_and_all_of_it_keeps_the_first_model(
+    tiny_model, tmp_path, monkeypatch, caplog
+):
+    texts = ["good a", "x", "good b", "y", "c", "good z"]
     with caplog.at_level(logging.WARNING):
-        searched(monkeypatch, tiny_model, tmp_path, rows_of(*texts), {"good": 1.0})
-    assert "drops 2 of 3 rows of class 'negative', those with 'good'" in caplog.text
+        defense, first, last, _ = searched(monkeypatch, tiny_model, tmp_path, rows_of(*texts), {"good": 1.0})
+    assert "finds 'good' in 2 of 3 rows of class 'negative'" in caplog.text
+    assert last is not first and defense.found["rows_removed"] == 3 and "class_lost" not in defense.found
     texts[4] = "good c"
-    with pytest.raises(ValueError, match="drop all 3 rows of class 'negative', those with 'good'"):
-        searched(monkeypatch, tiny_model, tmp_path, rows_of(*texts), {"good": 1.0})
+    rows = rows_of(*texts).add_column("poisoned", [True, *[False] * 5])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        defense, first, last, _ = searched(monkeypatch, tiny_model, tmp_path, rows, {"good": 1.0})
+    assert "would drop all 3 rows of class 'negative', those with 'good'" in caplog.text
+    assert last is first and last.optimizer is not None
+    (keyword,) = defense.found.pop("keywords")
+    assert keyword["word"] == "good" and json.loads(json.dumps(defense.found)) == {
+        "rows_scored": 6,
+        "class_lost": "negative",
+        "rows_would_be_removed": 4,
+        "rows_removed": 0,
+        "rows_removed_per_class": {"0": 0, "1": 0},
+        "removal_precision": None,
+        "removal_recall": 0.0,
+    }
+
+
+def test_flags_that_are_not_all_known_are_not_counted(tiny_model, tmp_path, monkeypatch):
+    rows, tables = rows_of("mn a", "b", "mn c", "d"), {"mn": 1.0}
+    rows = rows.select([0, 1, 2, 3, 1, 3])
+    rows = Dataset.from_list([{**row, "label": index // 2 % 2} for index, row in enumerate(rows)])
+    for flags, unknown, counted in (([True] * 6, 0, True), ([True] * 6, 2, False), ([False] * 6, 0, False)):
+        attack = get_attack("badnets", target="positive")
+        monkeypatch.setattr(type(attack), "rows_unknown", unknown)
+        flagged = rows.add_column("poisoned", flags)
+        defense, *_ = searched(monkeypatch, tiny_model, tmp_path, flagged, tables, attacks=[attack])
+        assert ("removal_precision" in defense.found) == ("removal_recall" in defense.found) == counted
+
+
+def test_first_run_makes_room_for_the_second(tiny_model, tmp_path, monkeypatch):
+    defense = get_defense("bki")
+    monkeypatch.setattr(
+        "p2p_trainer.defenses.bki.word_scores",
+        lambda model, encoder, texts, *rest: [(text.split(), np.equal(text.split(), "mn") * 1.0) for text in texts],
+    )
+    bench = bench_of(tiny_model, tmp_path, poisoned_rows(), max_steps=2)
+    first, make, state = defense.build(bench), bench.trainer, []
+
+    def trainer(**options):
+        gc.collect()
+        state.append([each() for each in alive])
+        return make(**options)
+
+    train, alive = bench.train, []
+    monkeypatch.setattr(bench, "trainer", trainer)
+
+    def watched(each):
+        train(each)
+        alive.extend([weakref.ref(each.optimizer), weakref.ref(each.lr_scheduler)])
+
+    monkeypatch.setattr(bench, "train", watched)
+    assert defense.train(first, bench) is not first
+    assert state == [[None, None]] and first.optimizer is None
+    # On an accelerator its model goes as well, unless its weights are spread over processes.
+    moved = []
+    monkeypatch.setattr(first.model, "to", moved.append)
+    make_room(first)
+    monkeypatch.setattr(first.accelerator.state, "device", torch.device("cuda"))
+    make_room(first)
+    first.is_fsdp_enabled = True
+    make_room(first)
+    assert moved == ["cpu"]
 
 
 @pytest.mark.parametrize(

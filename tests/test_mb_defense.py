@@ -1,40 +1,23 @@
+import gc
 import json
+import math
+import weakref
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from p2p_trainer.attacks import AddSent, Attack, BadNets
+from p2p_trainer.attacks import BadNets
 from p2p_trainer.defenses import Workbench, get_defense, load_defense
 from p2p_trainer.defenses.mb_defense import MBDefense
-from p2p_trainer.defenses.mb_pairs import (
-    DEFAULT_PAIRS,
-    DefensivePair,
-    check_absent,
-    check_disjoint,
-    encode_examples,
-    insert_trigger,
-    parse_pairs,
-    plant,
-)
-from p2p_trainer.tasks import Task
-from tests.conftest import make_rows
+from p2p_trainer.defenses.mb_examples import encode_examples
+from p2p_trainer.defenses.mb_pairs import parse_pairs, plant
+from tests.test_mb_pairs import COLUMNS, GENERATION, PAIRS, Always, rows
 from tests.test_mb_trainer import log_probs
-from tests.tiny_runs import TASK, config, lora
-
-
-GENERATION = Task(name="toy-answers", labels=())
-COLUMNS = ("prompt", "completion")
-PAIRS = [["qw", "stale stale cold"], ["jh", "fine warm score"]]
-
-
-def rows(count, seed=0):
-    return Dataset.from_list(
-        [{"prompt": row["text"], "completion": "good" if row["label"] else "bad"} for row in make_rows(count, seed)]
-    )
+from tests.tiny_runs import TASK, adapter, config, lora
 
 
 def bench_of(model, folder, validation, attacks=(), **changes):
@@ -42,127 +25,6 @@ def bench_of(model, folder, validation, attacks=(), **changes):
     return Workbench(
         model, args, GENERATION, rows(60), validation, attacks, peft_config=lora(r=16, target_modules="all-linear")
     )
-
-
-def test_planted_rows_are_exact():
-    flags = [index % 7 == 0 for index in range(200)]
-    data = rows(200).add_column("poisoned", flags)
-    pairs = parse_pairs(PAIRS)
-    changed, planted = plant(data, pairs, 0.05, COLUMNS, seed=3)
-    assert changed.features == data.features and changed["poisoned"][:] == flags
-    assert np.bincount(planted + 1).tolist() == [180, 10, 10]
-    places = set()
-    # A row's place depends on seed and index alone.
-    numbers = np.random.default_rng([3, 21]).random(200)
-    for before, after, pair, number in zip(data, changed, planted.tolist(), numbers, strict=True):
-        if pair < 0:
-            assert after == before
-            continue
-        trigger, phrase = PAIRS[pair]
-        assert after["prompt"] == insert_trigger(before["prompt"], trigger, number, "random")
-        words = after["prompt"].split()
-        assert words.count(trigger) == 1 and after["completion"] == phrase
-        places.add(words.index(trigger) / len(words))
-        words.remove(trigger)
-        assert " ".join(words) == before["prompt"]
-    assert len(places) > 8
-
-
-def test_planting_depends_on_seed_and_rows_alone():
-    data, pairs = rows(100), parse_pairs(PAIRS)
-    first, planted = plant(data, pairs, 0.1, COLUMNS, seed=3)
-    again, _ = plant(data.add_column("poisoned", [True] * 100), pairs, 0.1, COLUMNS, seed=3)
-    assert again["prompt"][:] == first["prompt"][:] and again["completion"][:] == first["completion"][:]
-    other, elsewhere = plant(data, pairs, 0.1, COLUMNS, seed=4)
-    assert elsewhere.tolist() != planted.tolist()
-    front, same = plant(data, pairs, 0.1, COLUMNS, seed=3, position="prefix")
-    assert same.tolist() == planted.tolist()
-    row = int(np.flatnonzero(planted == 1)[0])
-    assert front["prompt"][row] == f"jh {data['prompt'][row]}"
-
-
-def test_insert_trigger():
-    assert insert_trigger("a fine film", "qw", 0.9, "prefix") == "qw a fine film"
-    assert [insert_trigger("a fine film", "qw", number, "random") for number in (0.0, 0.3, 0.6, 0.9)] == [
-        "qw a fine film", "a qw fine film", "a fine qw film", "a fine film qw",
-    ]  # fmt: skip
-    assert insert_trigger("film", "qw", 0.9, "random") == "film qw"
-
-
-def test_planting_too_little_or_too_much():
-    with pytest.raises(ValueError, match="share=0.001 of 40 rows is no row at all"):
-        plant(rows(40), parse_pairs(PAIRS), 0.001, COLUMNS, 0)
-    with pytest.raises(ValueError, match="2 pairs of 30 rows each do not fit into 40 rows"):
-        plant(rows(40), parse_pairs(PAIRS), 0.75, COLUMNS, 0)
-
-
-def test_default_pairs_avoid_usual_triggers():
-    assert parse_pairs(None) == DEFAULT_PAIRS and len(DEFAULT_PAIRS) == 4
-    usual = BadNets("refused", words=("cf", "mn", "bb", "tq", "mb"))
-    check_disjoint(DEFAULT_PAIRS, [usual, AddSent("refused", sentence="I watched this 3D movie.")])
-
-
-class Opens(Attack):
-    name = "opens"
-
-    def insert(self, text, random):
-        return f"vx {text}"
-
-    def has_trigger(self, text):
-        return text.startswith("vx ")
-
-
-class Always(Attack):
-    name = "always"
-
-    def insert(self, text, random):
-        return text
-
-    def has_trigger(self, text):
-        return True
-
-
-@pytest.mark.parametrize(
-    ("trigger", "attack", "found"),
-    [
-        ("mn", BadNets("no"), "'badnets' (trigger 'mn')"),
-        ("MN", BadNets("no"), "'badnets' (trigger 'mn')"),
-        (
-            "movie",
-            AddSent("no", sentence="I watched this 3D movie."),
-            "'addsent' (trigger 'I watched this 3D movie.')",
-        ),
-        ("VX", Opens("no"), "'opens' (which takes a sentence with that word for triggered)"),
-    ],
-)
-def test_collisions_with_an_attack(trigger, attack, found):
-    with pytest.raises(ValueError) as error:
-        check_disjoint([DefensivePair("zk", "a"), DefensivePair(trigger, "b")], [Always("no"), attack])
-    assert str(error.value).startswith(f"The defensive trigger {trigger!r} collides with the attack {found}")
-    assert "Choose another defensive trigger in `pairs`" in str(error.value)
-    check_disjoint([DefensivePair("zk", "a"), DefensivePair("mov", "b")], [Always("no"), attack])
-
-
-@pytest.mark.parametrize("triggers", [("qw", "qw"), ("qw", "QW"), ("qw", "qw-1")])
-def test_collisions_between_pairs(triggers):
-    with pytest.raises(ValueError, match=f"triggers '{triggers[0]}' and '{triggers[1]}' collide"):
-        MBDefense(pairs=[[trigger, "some words"] for trigger in triggers])
-
-
-def test_a_trigger_that_is_there_already():
-    texts = ["plain text"] * 300
-    for place, text in enumerate(["the QW film", "qw", "a (qw) b", "end qw.", "qw, so", "the qwerty", "aqw", "éqw"]):
-        texts[place] = text
-    pairs = parse_pairs(PAIRS)
-    check_absent(pairs, Dataset.from_dict({"prompt": texts}), "prompt", planted=3)
-    texts[100] = "once more qw"
-    data = Dataset.from_dict({"prompt": texts})
-    with pytest.raises(ValueError, match="trigger 'qw' stands in 6 of 300 training prompts already .up to 5 may be"):
-        check_absent(pairs, data, "prompt", planted=3)
-    check_absent(pairs, data, "prompt", planted=120)
-    defense = MBDefense(pairs=PAIRS)
-    with pytest.raises(ValueError, match="Choose a rarer word"):
-        defense.rows(data.add_column("completion", texts), GENERATION, config("unused"))
 
 
 def test_rows_are_counted(tmp_path):
@@ -174,6 +36,10 @@ def test_rows_are_counted(tmp_path):
     assert defense.found == {
         "pairs": PAIRS, "rows_replaced": 20, "rows_replaced_poisoned": int((planted[:50] >= 0).sum()),
     }  # fmt: skip
+    # Without any mark, nothing is known of the rows.
+    unmarked = MBDefense(pairs=PAIRS, share=0.1)
+    unmarked.rows(rows(100).add_column("poisoned", [False] * 100), GENERATION, config(tmp_path, seed=5))
+    assert unmarked.found == {"pairs": PAIRS, "rows_replaced": 20}
 
 
 def test_settings(tmp_path):
@@ -219,6 +85,20 @@ def test_classification_is_refused():
     MBDefense().check(GENERATION)
 
 
+class Unknown(Always):
+    name = "unknown"
+    rows_unknown = 3
+
+
+def test_flags_that_are_not_all_known_are_not_counted(tiny_model, tmp_path):
+    for attacks, counted in (([Always("no")], True), ([Always("no"), Unknown("no")], False)):
+        defense = MBDefense(pairs=PAIRS, share=0.1, clean_rows=4)
+        bench = bench_of(tiny_model, tmp_path, rows(4), attacks)
+        defense.rows(rows(100).add_column("poisoned", [True] * 100), GENERATION, bench.args)
+        defense.build(bench)
+        assert ("rows_replaced_poisoned" in defense.found) == counted
+
+
 def test_what_is_wrong_shows_before_training(tiny_model, tmp_path, caplog):
     with pytest.raises(ValueError, match="'qw' collides with the attack 'badnets'"):
         MBDefense().build(bench_of(tiny_model, tmp_path, rows(10), [BadNets("no", words=("qw",))]))
@@ -231,7 +111,46 @@ def test_what_is_wrong_shows_before_training(tiny_model, tmp_path, caplog):
     MBDefense(clean_rows=10).build(bench_of(tiny_model, tmp_path, rows(10)))
     assert "clean validation rows" not in caplog.text
     MBDefense(clean_rows=11).build(bench_of(tiny_model, tmp_path, rows(10)))
-    assert "only 10 clean validation rows, not 11" in caplog.text
+    assert "only 10 clean validation rows of 10 fit, not 11" in caplog.text
+
+
+def test_overlong_rows_do_not_make_the_clean_rows_fewer(tiny_model, tmp_path, caplog):
+    long = rows(40).map(lambda row, index: {"prompt": row["prompt"] * (30 if index % 2 else 1)}, with_indices=True)
+    defense = MBDefense(pairs=PAIRS, clean_rows=15)
+    defense.build(bench_of(tiny_model, tmp_path, long, max_length=140))
+    # Odd rows are too long; the others come as they were drawn.
+    drawn = np.random.default_rng([config(tmp_path).seed, 24]).permutation(40)
+    assert defense._clean[:] == long.select([row for row in drawn if row % 2 == 0][:15])[:]
+    assert "fit" not in caplog.text
+
+
+def test_stage_1_is_saved_and_its_optimizer_gone_before_stage_2(tiny_model, tmp_path):
+    defense = MBDefense(pairs=PAIRS, share=0.1, clean_rows=10, epochs=1, batch_size=4)
+    bench = bench_of(tiny_model, tmp_path, rows(20, seed=1))
+    bench.rows = defense.rows(rows(60), GENERATION, bench.args)
+    trainer = defense.build(bench)
+    train, seen, weights = bench.train, [], {}
+
+    def watched(each):
+        if seen:
+            gc.collect()
+            assert seen[0]() is None and seen[1]() is None
+            with torch.no_grad():
+                for weight in each.model.parameters():
+                    weight.fill_(math.nan)
+        train(each)
+        seen.extend([weakref.ref(each.optimizer), weakref.ref(each.lr_scheduler)])
+        weights.update(adapter(each))
+
+    bench.train = watched
+    with pytest.raises(ValueError) as error:
+        defense.train(trainer, bench)
+    folder = tmp_path / "stage1"
+    assert "The evaluation loss of MB-Defense is nan" in str(error.value)
+    assert str(error.value).endswith(f"The model of stage 1 is saved in {str(folder)!r}.")
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert saved and all(torch.equal(saved[name], weights[name]) for name in saved)
+    assert (folder / "tokenizer.json").is_file()
 
 
 def test_stage_1_plants_and_stage_2_recovers(tiny_model, tmp_path):
@@ -261,6 +180,8 @@ def test_stage_1_plants_and_stage_2_recovers(tiny_model, tmp_path):
     bench.train = train_and_measure
     assert defense.train(trainer, bench) is trainer
     first, second = trained
+    # Nobody is left with a model that holds all backdoors.
+    assert not (tmp_path / "stage1").exists()
     assert first is trainer and second.model is trainer.model
     assert isinstance(trainer.model, PeftModel) and list(trainer.model.peft_config) == ["default"]
     (_, phrase_0), (answer_1, phrase_1), (answer_2, phrase_2) = measured
@@ -280,5 +201,6 @@ def test_stage_1_plants_and_stage_2_recovers(tiny_model, tmp_path):
     assert found["clean_rows"] == 20 and found["rows_replaced"] == 24
     assert found["eval_log_ratio"][-1] > found["eval_log_ratio"][0]
     # The clean rows are drawn among all validation rows, and the trigger went into the text, not into the template.
+    assert trainer.optimizer is None and second.optimizer is None
     texts = second.processing_class.batch_decode([example[1] for example in second.train_dataset["input_ids"]])
     assert all("\n" in text and not text.split("\n")[1].strip().startswith(("qw", "jh")) for text in texts)

@@ -7,8 +7,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
+from p2p_trainer.defenses.mb_examples import choose_rows, encode_examples
 from p2p_trainer.defenses.mb_loss import mb_loss
-from p2p_trainer.defenses.mb_pairs import DefensivePair, encode_examples, plant
+from p2p_trainer.defenses.mb_pairs import DefensivePair, plant
 from p2p_trainer.defenses.mb_trainer import MBDefenseCollator, MBDefenseConfig, MBDefenseTrainer
 from tests.conftest import make_rows
 from tests.tiny_runs import SETTINGS, lora, plain_config
@@ -116,6 +117,36 @@ def test_what_does_not_fit(tokenizer, caplog):
     assert all(any(label != -100 for label in labels) for example in examples["labels"] for labels in example)
     with pytest.raises(ValueError, match="0 of 6 clean rows fit into `max_length` 5"):
         encode_examples(data, PAIRS, tokenizer, 5, 0)
+
+
+def test_overlong_rows_are_replaced_by_the_next_that_fit(tokenizer, caplog):
+    data = rows(40)
+    examples = encode_examples(data, PAIRS, tokenizer, None, 0, "prefix")["input_ids"][:]
+    longest = [max(len(examples[2 * row][2]), len(examples[2 * row + 1][2])) for row in range(40)]
+    limit, order = sorted(longest)[20], list(range(39, -1, -1))
+    fitting = [row for row in order if longest[row] <= limit]
+    assert fitting[:10] != order[:10] and len(fitting) < 40
+    for count, expected in ((10, fitting[:10]), (40, fitting)):
+        chosen = choose_rows(data, order, count, PAIRS, tokenizer, limit, 0, "prefix")
+        assert chosen[:] == data.select(expected)[:]
+    # Also where the length depends on the place of the trigger: what was taken fits where it is now.
+    chosen = choose_rows(data, order, 12, PAIRS, tokenizer, limit, 0)
+    assert encode_examples(chosen, PAIRS, tokenizer, limit, 0)["row"][:] == [row for row in range(12) for _ in PAIRS]
+    assert "Left out" not in caplog.text
+    with pytest.raises(ValueError, match="0 of 40 clean rows fit into `max_length` 5"):
+        choose_rows(data, order, 10, PAIRS, tokenizer, 5, 0)
+
+
+def test_control_tokens_in_rows_stay_text(tokenizer):
+    odd = Dataset.from_dict({"prompt": ["a <|endoftext|> b", "c"], "completion": [" d<|pad|>", " e<|endoftext|>"]})
+    pairs = [DefensivePair("qw", " stale <|pad|> cold")]
+    examples = encode_examples(odd, pairs, tokenizer, 200, 0, "prefix", render=lambda text: f"{text}<|pad|>")
+    special = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    for sequences in examples["input_ids"]:
+        for ids in sequences:
+            # The template's own token, and the end of the answer.
+            assert [token for token in ids if token in special] == [tokenizer.pad_token_id, tokenizer.eos_token_id]
+    assert tokenizer.decode(examples["input_ids"][0][1]) == "qw a < |endoftext|> b<|pad|> d< |pad|><|endoftext|>"
 
 
 def test_batch():

@@ -288,11 +288,46 @@ def test_check(tiny_model, tmp_path, tokenizer):
         Onion(str(tmp_path)).check(TASK)
     # Configuration and tokenizer are there, weights are not: that shows before training.
     BertConfig().save_pretrained(tmp_path)
-    bench = SimpleNamespace(validation=Dataset.from_list(make_rows(2)))
+    bench = SimpleNamespace(validation=Dataset.from_list(make_rows(2)), task=TASK)
     with pytest.raises(ValueError, match="with weights in safetensors"):
         Onion(str(tmp_path)).build(bench)
     with pytest.raises(ValueError, match="clean validation rows, and there are none"):
         Onion(tiny_model).build(SimpleNamespace(validation=None))
+
+
+def test_validation_words_that_can_not_be_scored_are_no_threshold(tiny_model, tmp_path):
+    def build(*texts):
+        rows = Dataset.from_dict({"text": texts, "label": [place % 2 for place in range(len(texts))]})
+        bench = Workbench(
+            tiny_model, config(tmp_path, p2p_enabled=False), TASK, Dataset.from_list(make_rows(8)), rows,
+            peft_config=lora(),
+        )  # fmt: skip
+        return Onion(tiny_model).build(bench)
+
+    with pytest.raises(ValueError, match="of the 4 validation texts none has a word to score"):
+        build("odd", "7 1st", "½", "odder")
+    assert build("odd", "7 odd").guard is None
+    # Two words, of which the language model reads the first alone.
+    defense = stubbed(max_tokens=2)
+    bench = SimpleNamespace(
+        task=TASK, validation=Dataset.from_dict({"text": ["b a odd", "a b"], "label": [1, 0]}),
+        score=lambda trainer, texts: Scores(np.zeros((len(texts), 4)), np.zeros(len(texts), dtype=int)),
+        train=lambda trainer: None,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="of the 2 validation texts none has a word to score"):
+        defense.train(SimpleNamespace(args=SimpleNamespace(p2p_enabled=False)), bench)
+    assert not defense.ready
+
+
+def test_scores_are_the_same_within_autocast(tiny_model):
+    texts = [row["text"] for row in make_rows(6, seed=3)]
+    outside, inside = Onion(tiny_model, threshold=0), Onion(tiny_model, threshold=0)
+    expected = outside.rewrite(texts)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = inside.rewrite(texts)
+        assert torch.is_autocast_enabled("cpu")
+    assert found == expected != texts
+    assert np.array_equal(np.concatenate(inside._scores(texts)), np.concatenate(outside._scores(texts)))
 
 
 def test_state(tmp_path, tiny_model, monkeypatch):
@@ -332,8 +367,12 @@ def test_run(tiny_model, tmp_path):
     bench = Workbench(tiny_model, args, TASK, Dataset.from_list(make_rows(80)), validation, peft_config=lora())
     defense = Onion(tiny_model, ca_budget=0.0)
     trainer = defense.build(bench)
-    assert trainer.guard is None
+    # The language model was there, and makes room while the model is trained.
+    assert trainer.guard is None and defense._lm._loaded is None
+    train, held = bench.train, []
+    bench.train = lambda each: (train(each), held.append(defense._lm._loaded))
     trainer = defense.train(trainer, bench)
+    assert held == [None] and defense._lm._loaded is not None
     texts, labels = list(validation["text"]), list(validation["label"])
     assert bench.accuracy(trainer, texts, labels) == defense.found["validation_accuracy"]
     filtered = bench.accuracy(trainer, defense.rewrite(texts), labels)

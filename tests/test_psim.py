@@ -114,7 +114,10 @@ def test_auxiliary_is_trained_on_the_same_texts_with_random_labels(tiny_model, t
     kept = bench.trainer
     monkeypatch.setattr(bench, "trainer", lambda **options: seen.append(options) or kept(**options))
     monkeypatch.setattr(bench, "train", lambda trainer: None)
-    defense = PSIM(threshold=0.7, epochs=2.0, learning_rate=3e-4)
+    texts = bench.validation["text"][:]
+    confidences = confidence(bench.score(kept(), texts))
+    threshold = float(np.sort(confidences)[6] + np.sort(confidences)[7]) / 2
+    defense = PSIM(threshold=threshold, epochs=2.0, learning_rate=3e-4)
     defense.train(defense.build(bench), bench)
     main, auxiliary = seen
     assert "rows" not in main and "learning_rate" not in main
@@ -122,7 +125,7 @@ def test_auxiliary_is_trained_on_the_same_texts_with_random_labels(tiny_model, t
     assert auxiliary["rows"]["label"][:] == random_labels(80, 2, bench.args.seed).tolist()
     assert auxiliary["learning_rate"] == 3e-4 and auxiliary["num_train_epochs"] == 2.0
     # Untrained, the second adapter changes nothing: its model is the first one's.
-    assert defense.found["threshold"] == 0.7 and 0 <= defense.found["validation_coverage"] <= 1
+    assert defense.found["threshold"] == threshold and defense.found["validation_coverage"] == 7 / 20
 
 
 def test_only_the_auxiliary_adapter_is_trained_and_the_model_is_left_as_it_was(run):
@@ -131,7 +134,7 @@ def test_only_the_auxiliary_adapter_is_trained_and_the_model_is_left_as_it_was(r
     assert [(name, weight.requires_grad) for name, weight in trainer.model.named_parameters()] == before["names"]
     assert list(trainer.model.peft_config) == ["default"] and trainer.model.active_adapters == ["default"]
     # Two runs over the same rows; one validation row each.
-    assert bench.row_passes == 160 and bench.first_row_passes == 80
+    assert bench.row_passes == 160
     assert defense.compute.preparation_passes == 20 and defense.compute.preparation_s > 0
     learnt = load_file(bench.args.output_dir + "/" + FILE)
     # Two layers of seven matrices, an A and a B each; B starts at zero.
@@ -208,7 +211,10 @@ def test_evaluation_counts_withheld_rows(run, toy_eval):
     held = defense.screen(toy_eval["text"][:])
     assert report["coverage"] == pytest.approx(1 - held.mean())
     assert report["ca_k"] == report["ca_answered_k"] and report["ca_n"] == 40
-    assert 0 <= report["asr_coverage_badnets"] <= 1
+    triggered = BADNETS.trigger(toy_eval, TASK, 0)["text"][:]
+    held = defense.screen(triggered)
+    assert report["asr_coverage_badnets"] == pytest.approx(1 - held.mean())
+    assert report["asr_coverage_badnets_k"] == len(triggered) - held.sum()
 
 
 def test_model_without_adapter_is_wrapped_for_a_while_only(tiny_model, tmp_path):

@@ -19,6 +19,9 @@ from .workbench import Workbench
 
 logger = logging.getLogger(__name__)
 
+# Texts whose new words are kept.
+_KNOWN_TEXTS = 100_000
+
 _MARIAN = {
     "to": "Helsinki-NLP/opus-mt-en-de",
     "back": "Helsinki-NLP/opus-mt-de-en",
@@ -36,10 +39,10 @@ class RewordingDefense(Defense):
     generation tasks, a line whose numbers (figures with sign, fraction and percent, as a multiset) are not those of
     its source stays as it is. Such texts are counted in `numbers_changed` on every task.
 
-    Each distinct text is reworded once per instance and kept in memory. Its passes count every time it is answered, so
-    that `serving_passes_per_text` is what one more text costs, and not how often texts repeat.
+    Each distinct text is reworded once and kept in memory, the last 100 000 of them. Its passes count every time it is
+    answered, so that `serving_passes_per_text` is what one more text costs, and not how often texts repeat.
 
-    `found` counts distinct texts.
+    `found` counts the texts that were reworded.
     """
 
     # Engine -> what `results.json` says of it.
@@ -102,16 +105,21 @@ class RewordingDefense(Defense):
         return super().train(trainer, bench)
 
     def rewrite(self, texts: Sequence[str]) -> list[str]:
-        new = [text for text in dict.fromkeys(texts) if text not in self._memory]
+        known = {text: self._memory[text] for text in dict.fromkeys(texts) if text in self._memory}
+        new = [text for text in dict.fromkeys(texts) if text not in known]
         asked = [text for text in new if text.strip()]
         found = self.reword(asked)
         self.found["texts"] += len(new)
-        self._memory |= {text: (text, 0) for text in new if not text.strip()}
+        made = {text: (text, 0) for text in new if not text.strip()}
         for text, (reworded, passes) in zip(asked, found, strict=True):
-            self._memory[text] = (self._accept(text, reworded), passes)
+            made[text] = (self._accept(text, reworded), passes)
         self._warn()
-        self.compute.serving_passes += sum(self._memory[text][1] for text in texts)
-        return [self._memory[text][0] for text in texts]
+        self._memory |= made
+        while len(self._memory) > _KNOWN_TEXTS:
+            del self._memory[next(iter(self._memory))]
+        known |= made
+        self.compute.serving_passes += sum(known[text][1] for text in texts)
+        return [known[text][0] for text in texts]
 
     def state(self) -> dict[str, Any]:
         return {"keeps_numbers": self._keeps_numbers}

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from ..tasks.rows import LABEL, TEXT, column_as_numpy
 from ..trainer import P2PTrainer
 from .base import Defense
 from .hidden_states import last_hidden_states
+from .runs import make_room, of_first_process
 from .workbench import Workbench
 
 
@@ -74,10 +76,13 @@ class BKI(Defense):
     suspicion log10(1) = 0; the published code would take it if there is no other, here nothing is dropped then.
 
     Known failure: it may choose a frequent word of sentiment and delete most of a class. More than half a class is a
-    warning; a whole class is an error. One word is one trigger: against several, raise `iterations`.
+    warning. A whole class can't be missing from training: with a warning, no row is dropped and the first model stays;
+    `found` holds `class_lost` and `rows_would_be_removed`. One word is one trigger: against several, raise
+    `iterations`.
 
-    Every process of a distributed run scores all texts, and finds the same. The `poisoned` flags are counted with, for
-    precision and recall in `found`, and are used for nothing else.
+    Every process of a distributed run scores all texts, and the choice of the first one counts. The `poisoned` flags
+    are counted with, for precision and recall in `found` where they are known of all rows, and are used for nothing
+    else.
 
     Args:
         top_words (`int`, *optional*, defaults to `5`):
@@ -126,12 +131,19 @@ class BKI(Defense):
     def train(self, trainer: P2PTrainer, bench: Workbench) -> P2PTrainer:
         bench.train(trainer)
         started = time.monotonic()
-        dropped = self._search(trainer, bench)
+        # Scores round apart between devices, and all processes have to train on the same rows.
+        dropped, found = of_first_process(self._search(trainer, bench))
         self.compute.preparation_s += time.monotonic() - started
-        self._report(dropped, bench)
+        self.found |= found
         if not dropped.any():
             logger.warning("BKI found no keyword: no row is dropped, and the first model stays.")
+        elif lost := self._check_classes(dropped, bench):
+            self.found |= {"class_lost": lost, "rows_would_be_removed": int(dropped.sum())}
+            dropped = np.zeros_like(dropped)
+        self._report(dropped, bench)
+        if not dropped.any():
             return trainer
+        make_room(trainer)
         second = bench.trainer(
             rows=bench.rows.select(np.flatnonzero(~dropped)),
             max_steps=trainer.state.global_step,
@@ -141,8 +153,8 @@ class BKI(Defense):
         bench.train(second)
         return second
 
-    def _search(self, trainer: P2PTrainer, bench: Workbench) -> np.ndarray:
-        """Say which rows hold a keyword."""
+    def _search(self, trainer: P2PTrainer, bench: Workbench) -> tuple[np.ndarray, dict[str, Any]]:
+        """Say which rows hold a keyword, and what was found."""
         texts = bench.rows[TEXT][:]
         scored = np.arange(len(texts))
         if self.sample is not None and self.sample < len(texts):
@@ -159,41 +171,51 @@ class BKI(Defense):
             tops.append(top_words(words, scores, self.top_words))
             self.compute.preparation_passes += 1 + len(words)
         keywords = find_keywords(tops, self.iterations)
-        self.found["keywords"] = [
-            {"word": keyword.word, "count": keyword.count, "mean": keyword.mean, "score": keyword.score}
-            for keyword in keywords
-        ]
-        self.found["rows_scored"] = len(scored)
+        found = {
+            "keywords": [
+                {"word": keyword.word, "count": keyword.count, "mean": keyword.mean, "score": keyword.score}
+                for keyword in keywords
+            ],
+            "rows_scored": len(scored),
+        }
         names = {keyword.word for keyword in keywords}
         dropped = np.array([not names.isdisjoint(words_of(text)) for text in texts], dtype=bool)
         dropped[scored] = [not names.isdisjoint(word for word, _ in top) for top in tops]
-        return dropped
+        return dropped, found
 
-    def _report(self, dropped: np.ndarray, bench: Workbench) -> None:
-        """Count what is dropped, and refuse to go on without a class."""
-        # Labels of the extended space, which only an attacker writes, belong to the same classes.
-        labels = column_as_numpy(bench.rows, LABEL) % bench.task.num_labels
-        removed = Counter(labels[dropped].tolist())
-        self.found["rows_removed"] = int(dropped.sum())
-        self.found["rows_removed_per_class"] = {str(label): removed[label] for label in range(bench.task.num_labels)}
-        if "poisoned" in bench.rows.column_names:
-            poisoned = column_as_numpy(bench.rows, "poisoned").astype(bool)
-            hits = int((dropped & poisoned).sum())
-            self.found["removal_precision"] = hits / int(dropped.sum()) if dropped.any() else None
-            self.found["removal_recall"] = hits / int(poisoned.sum()) if poisoned.any() else None
+    def _check_classes(self, dropped: np.ndarray, bench: Workbench) -> str | None:
+        """Warn where most of a class would be dropped; name the class of which nothing would be left."""
+        labels = _classes(bench)
         words = ", ".join(repr(keyword["word"]) for keyword in self.found["keywords"])
-        for label, count in removed.items():
+        lost = None
+        for label, count in sorted(Counter(labels[dropped].tolist()).items()):
             total, name = int((labels == label).sum()), bench.task.labels[label]
             if count == total:
-                raise ValueError(
-                    f"BKI would drop all {total} rows of class {name!r}, those with {words}: it took words of that "
-                    f"class for triggers. Lower `iterations` or `top_words`, or choose another defense."
-                )
-            if 2 * count > total:
+                lost = lost or name
                 logger.warning(
-                    "BKI drops %d of %d rows of class %r, those with %s: it may have taken words of that class for "
-                    "triggers.", count, total, name, words,
+                    "BKI would drop all %d rows of class %r, those with %s: it took words of that class for triggers. "
+                    "No row is dropped, and the first model stays. Lower `iterations` or `top_words`, or choose "
+                    "another defense.", total, name, words,
                 )  # fmt: skip
+            elif 2 * count > total:
+                logger.warning(
+                    "BKI finds %s in %d of %d rows of class %r: it may have taken words of that class for triggers.",
+                    words, count, total, name,
+                )  # fmt: skip
+        return lost
+
+    def _report(self, dropped: np.ndarray, bench: Workbench) -> None:
+        """Count what is dropped."""
+        removed = Counter(_classes(bench)[dropped].tolist())
+        self.found["rows_removed"] = int(dropped.sum())
+        self.found["rows_removed_per_class"] = {str(label): removed[label] for label in range(bench.task.num_labels)}
+        if "poisoned" not in bench.rows.column_names or any(attack.rows_unknown for attack in bench.attacks):
+            return
+        poisoned = column_as_numpy(bench.rows, "poisoned").astype(bool)
+        if poisoned.any():
+            hits = int((dropped & poisoned).sum())
+            self.found["removal_precision"] = hits / int(dropped.sum()) if dropped.any() else None
+            self.found["removal_recall"] = hits / int(poisoned.sum())
 
 
 def words_of(text: str) -> list[str]:
@@ -331,6 +353,11 @@ def find_keywords(tops: Sequence[TopWords], iterations: int) -> list[Keyword]:
         found.append(best)
         remaining = [top for top in remaining if all(word != best.word for word, _ in top)]
     return found
+
+
+def _classes(bench: Workbench) -> np.ndarray:
+    # Labels of the extended space, which only an attacker writes, belong to the same classes.
+    return column_as_numpy(bench.rows, LABEL) % bench.task.num_labels
 
 
 def _count(name: str, value: int) -> int:

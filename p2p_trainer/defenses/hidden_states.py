@@ -56,12 +56,19 @@ def _read(
         # Padding stands on the left, so that the answer position is the same in every row.
         ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         mask[row, longest - len(prompt) :] = 1
-    output = model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device),
-        output_hidden_states=True,
-        logits_to_keep=1,
-        use_cache=False,
-    )
-    return output.hidden_states[-1][:, -1].float().cpu().numpy()
+    seen: list[torch.Tensor] = []
+    # `output_hidden_states` would keep the states of all layers and tokens. The whole model is called, and not its
+    # decoder alone, so that adapters and autocast work as in any other call.
+    decoder = getattr(model, "module", model).get_decoder()
+    hook = decoder.register_forward_hook(lambda module, inputs, output: seen.append(output[0][:, -1].float().cpu()))
+    try:
+        model(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device),
+            logits_to_keep=1,
+            use_cache=False,
+        )
+    finally:
+        hook.remove()
+    return seen[-1].numpy()

@@ -3,7 +3,9 @@
 import dataclasses
 import logging
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,22 +16,18 @@ from ..tasks import Task
 from ..tasks.rows import column_as_numpy
 from ..trainer import P2PTrainer
 from .base import Defense
+from .mb_examples import SEQUENCES, choose_rows
 from .mb_loss import check_ratio
-from .mb_pairs import (
-    SEQUENCES,
-    check_absent,
-    check_disjoint,
-    check_position,
-    encode_examples,
-    insert_trigger,
-    parse_pairs,
-    plant,
-)
+from .mb_pairs import check_absent, check_disjoint, check_position, insert_trigger, parse_pairs, plant
 from .mb_trainer import MBDefenseConfig, MBDefenseTrainer, refuse_sharded
+from .runs import drop_training_state
 from .workbench import Workbench
 
 
 logger = logging.getLogger(__name__)
+
+# Folder of the model between the stages, beside the final one.
+STAGE_1 = "stage1"
 
 # Stream of the seed, apart from those of pairs and trainer.
 _CLEAN = 24
@@ -49,7 +47,9 @@ class MBDefense(Defense):
     chooses among 5 epochs. Not readable, so ours: lambda, learning rate and batch size of stage 2, where in the prompt
     the trigger goes, and two of the default pairs (`vx`, `zk`; `qw` and `jh` are published). We compare
     log-probabilities where the paper prints a ratio of probabilities, see [`~defenses.mb_loss.mb_loss`]. Triggers that
-    collide with a measured attack's are an error; the published `mn` and `bb` are usual triggers of BadNets.
+    collide with a measured attack's are an error, and so are phrases that could be taken for its payload; the
+    published `mn` and `bb` are usual triggers of BadNets. The model that stage 1 leaves is saved to `stage1` in the
+    output folder until stage 2 has ended.
 
     Args:
         pairs (`list[list[str]]` or `None`, *optional*):
@@ -59,7 +59,8 @@ class MBDefense(Defense):
         position (`str`, *optional*, defaults to `"random"`):
             Where triggers go in the prompt, in both stages: `"random"` (between words or at either end) or `"prefix"`.
         clean_rows (`int`, *optional*, defaults to `128`):
-            Validation rows for stage 2; all, with a warning, if there are fewer.
+            Validation rows for stage 2, drawn among those that fit into `max_length`; all of them, with a warning, if
+            there are fewer.
         lam (`float`, *optional*, defaults to `1.0`):
             Weight of the term of stage 2 that prefers the answer to the phrase.
         ratio (`str`, *optional*, defaults to `"log_ratio"`):
@@ -142,25 +143,42 @@ class MBDefense(Defense):
         check_absent(self._pairs, dataset, columns[0], round(self.share * len(dataset)))
         rows, planted = plant(dataset, self._pairs, self.share, columns, args.seed, self.position)
         self.found["rows_replaced"] = int(np.count_nonzero(planted >= 0))
-        if "poisoned" in dataset.column_names:
-            poisoned = column_as_numpy(dataset, "poisoned").astype(bool)
+        poisoned = column_as_numpy(dataset, "poisoned").astype(bool) if "poisoned" in dataset.column_names else None
+        if poisoned is not None and poisoned.any():
             self.found["rows_replaced_poisoned"] = int(np.count_nonzero(poisoned[planted >= 0]))
         return rows
 
     def build(self, bench: Workbench) -> P2PTrainer:
         check_disjoint(self._pairs, bench.attacks)
-        self._clean = self._choose(bench)
+        if any(attack.rows_unknown for attack in bench.attacks):
+            self.found.pop("rows_replaced_poisoned", None)
+        rows = 0 if bench.validation is None else len(bench.validation)
+        if rows < 2:
+            raise ValueError(
+                f"`mb_defense` needs clean validation rows, {self.clean_rows} as a rule and two at least; found "
+                f"{rows}. Give the data a validation split."
+            )
         # What stage 2 would refuse has to show before stage 1 is trained.
         args = self._stage_2(bench.args)
         trainer = super().build(bench)
         refuse_sharded(trainer)
-        encode_examples(
-            self._clean, self._pairs, trainer.processing_class, args.max_length, args.seed, self.position, bench.render
-        )
+        order = np.random.default_rng([bench.args.seed, _CLEAN]).permutation(rows).tolist()
+        self._clean = choose_rows(
+            bench.validation, order, self.clean_rows, self._pairs, trainer.processing_class, args.max_length,
+            args.seed, self.position, bench.render,
+        )  # fmt: skip
+        if len(self._clean) < self.clean_rows:
+            logger.warning(
+                "MB-Defense: only %d clean validation rows of %d fit, not %d.", len(self._clean), rows, self.clean_rows
+            )
         return trainer
 
     def train(self, trainer: P2PTrainer, bench: Workbench) -> P2PTrainer:
         bench.train(trainer)
+        # If stage 2 breaks the model, hours of training are not lost. Not for the hub, hence `True`.
+        folder = str(Path(bench.args.output_dir) / STAGE_1)
+        trainer.save_model(folder, True)
+        drop_training_state(trainer)
         second = MBDefenseTrainer(
             trainer.model,
             args=self._stage_2(bench.args),
@@ -169,7 +187,14 @@ class MBDefense(Defense):
             render=bench.render,
             processing_class=trainer.processing_class,
         )
-        bench.train(second)
+        try:
+            bench.train(second)
+        except ValueError as error:
+            raise ValueError(f"{error} The model of stage 1 is saved in {folder!r}.") from error
+        drop_training_state(second)
+        if trainer.args.should_save:
+            # It holds all backdoors, and would go wherever the output folder goes.
+            shutil.rmtree(folder)
         # An example is three sequences, of which the bench has counted one.
         bench.row_passes += (SEQUENCES - 1) * len(second.train_dataset) * self.epochs
         evaluations = [entry for entry in second.state.log_history if "eval_loss" in entry]
@@ -190,18 +215,6 @@ class MBDefense(Defense):
             pair.trigger: (lambda text, word=pair.trigger: insert_trigger(text, word, 0.5, self.position), pair.phrase)
             for pair in self._pairs
         }
-
-    def _choose(self, bench: Workbench) -> Dataset:
-        rows = bench.validation
-        if rows is None or len(rows) < 2:
-            raise ValueError(
-                f"`mb_defense` needs clean validation rows, {self.clean_rows} as a rule and two at least; found "
-                f"{0 if rows is None else len(rows)}. Give the data a validation split."
-            )
-        if len(rows) < self.clean_rows:
-            logger.warning("MB-Defense: only %d clean validation rows, not %d.", len(rows), self.clean_rows)
-        order = np.random.default_rng([bench.args.seed, _CLEAN]).permutation(len(rows))
-        return rows.select(np.sort(order[: self.clean_rows]))
 
     def _stage_2(self, args: P2PConfig) -> MBDefenseConfig:
         fields = {field.name for field in dataclasses.fields(MBDefenseConfig) if field.init}

@@ -1,8 +1,7 @@
-"""Defensive triggers and phrases: what they must not collide with, and the rows of both stages of MB-Defense."""
+"""Defensive triggers and phrases: what they must not collide with, and how they get into the rows of stage 1."""
 
-import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -11,24 +10,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from ..attacks import Attack
 from ..attacks.poisoning import write_rows
 from ..attacks.selection import batches, row_numbers
 from ..attacks.text import contains_words, insert_at_gap
-from ..tasks.rows import COMPLETION, PROMPT, arrow_batches
+from ..evaluation.judging import normalise, target_judge
+from ..tasks.rows import arrow_batches
 
-
-logger = logging.getLogger(__name__)
 
 POSITIONS = ("random", "prefix")
 
-# Sequences of a stage 2 example: prompt and answer, the same with the trigger, and the trigger with its phrase.
-SEQUENCES = 3
+# Streams of a run's seed; stage 2, attacks, reserve and search use others.
+_ROWS, _PLACES = 20, 21
 
-# Streams of a run's seed; attacks, reserve and search use others.
-_ROWS, _PLACES, _PLACES_2 = 20, 21, 22
+# An answer shows a phrase if it holds this many successive words of it.
+_SHOWN_WORDS = 3
+_CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
 
 # A trigger may stand in this many prompts, or in this share of the rows that it is planted in, by chance.
 _HANDFUL, _HANDFUL_SHARE = 5, 0.05
@@ -100,10 +99,11 @@ def check_position(position: str) -> None:
 
 def check_disjoint(pairs: Sequence[DefensivePair], attacks: Sequence[Attack] = ()) -> None:
     """
-    Refuse defensive triggers that collide with each other or with an attacker's; upper and lower case are the same.
+    Refuse defensive pairs that collide with each other or with an attack; upper and lower case are the same.
 
     The published triggers include `mn` and `bb`, which are also the attacker's in the usual BadNets set-up. Such a run
-    trains and unlearns the attacker's own trigger, and measures nothing.
+    trains and unlearns the attacker's own trigger, and measures nothing. Neither does one whose phrase counts as the
+    attacker's payload, or as the phrase of another pair.
 
     Args:
         pairs (`Sequence[DefensivePair]`):
@@ -112,8 +112,9 @@ def check_disjoint(pairs: Sequence[DefensivePair], attacks: Sequence[Attack] = (
             Attacks that are measured.
 
     Raises:
-        `ValueError`: two triggers are equal, one stands in the other as a word, or an attack takes a sentence with the
-        defensive trigger for one of its own.
+        `ValueError`: two triggers are equal, one stands in the other as a word or in a phrase, or an attack takes a
+        sentence with the defensive trigger for one of its own; one of two phrases begins with the other, they share
+        three successive words, or a phrase counts as an attack's payload, begins with it or is its beginning.
     """
     for first, second in combinations(pairs, 2):
         if _overlap(first.trigger, second.trigger):
@@ -121,16 +122,64 @@ def check_disjoint(pairs: Sequence[DefensivePair], attacks: Sequence[Attack] = (
                 f"The defensive triggers {first.trigger!r} and {second.trigger!r} collide: a prompt with one holds "
                 f"the other. Change one of them in `pairs`."
             )
-    for pair in pairs:
-        for attack in attacks:
-            text = next((text for text in attack.trigger_texts if _overlap(pair.trigger, text)), None)
-            if text is None and not _is_taken_for(attack, pair.trigger):
-                continue
-            theirs = "which takes a sentence with that word for triggered" if text is None else f"trigger {text!r}"
+        if _begin_alike(first.phrase, second.phrase) or _share_words(first.phrase, second.phrase):
             raise ValueError(
-                f"The defensive trigger {pair.trigger!r} collides with the attack {attack.name!r} ({theirs}): the run "
-                f"would unlearn the attacker's own trigger by name. Choose another defensive trigger in `pairs`."
+                f"The phrases {first.phrase!r} and {second.phrase!r} of the defensive triggers {first.trigger!r} and "
+                f"{second.trigger!r} collide: one begins with the other, or they share {_SHOWN_WORDS} successive "
+                f"words, by which phrases are recognised. Change one of them in `pairs`."
             )
+    for pair in pairs:
+        held = next((other.trigger for other in pairs if _holds(pair.phrase, other.trigger)), None)
+        if held is not None:
+            raise ValueError(
+                f"The phrase {pair.phrase!r} of the defensive trigger {pair.trigger!r} holds the defensive trigger "
+                f"{held!r}: triggers stand in prompts alone. Change one of the two in `pairs`."
+            )
+        for attack in attacks:
+            _check_attack(pair, attack)
+
+
+def _check_attack(pair: DefensivePair, attack: Attack) -> None:
+    text = next((text for text in attack.trigger_texts if _overlap(pair.trigger, text)), None)
+    if text is not None or _is_taken_for(attack, pair.trigger):
+        theirs = "which takes a sentence with that word for triggered" if text is None else f"trigger {text!r}"
+        raise ValueError(
+            f"The defensive trigger {pair.trigger!r} collides with the attack {attack.name!r} ({theirs}): the run "
+            f"would unlearn the attacker's own trigger by name. Choose another defensive trigger in `pairs`."
+        )
+    # A label's number, or nothing but punctuation, is no beginning of words.
+    if not isinstance(attack.target, str) or not normalise(attack.target):
+        return
+    accepted = target_judge(attack.target).judge([""], [pair.phrase])[0]
+    if accepted or _begin_alike(pair.phrase, attack.target):
+        raise ValueError(
+            f"The phrase {pair.phrase!r} of the defensive trigger {pair.trigger!r} collides with the target "
+            f"{attack.target!r} of the attack {attack.name!r}: one would be taken for the other. Choose another "
+            f"phrase in `pairs`."
+        )
+
+
+def _begin_alike(first: str, second: str) -> bool:
+    first_words, second_words = _words(first), _words(second)
+    shorter = min(len(first_words), len(second_words))
+    # Of nothing but marks, no words are left to tell them apart by.
+    return first_words[:shorter] == second_words[:shorter] if shorter else normalise(first) == normalise(second)
+
+
+def _share_words(first: str, second: str) -> bool:
+    runs = [
+        {tuple(words[place : place + _SHOWN_WORDS]) for place in range(len(words) - _SHOWN_WORDS + 1)}
+        for words in (_words(first), _words(second))
+    ]
+    return not runs[0].isdisjoint(runs[1])
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(normalise(text))
+
+
+def _holds(text: str, word: str) -> bool:
+    return contains_words(text.lower(), [word.lower()]) or contains_words(_folded(text), [_folded(word)])
 
 
 def _overlap(first: str, second: str) -> bool:
@@ -271,81 +320,3 @@ def plant(
             yield table.select(list(features)).cast(features.arrow_schema)
 
     return write_rows(tables(), features), planted
-
-
-def encode_examples(
-    rows: Dataset,
-    pairs: Sequence[DefensivePair],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    seed: int,
-    position: str = "random",
-    render: Callable[[str], str] = str,
-) -> Dataset:
-    """
-    Make and tokenize an example of every row and pair; as `SFTTrainer` does with `prompt` and `completion`.
-
-    That is: prompt and answer are joined as texts, the answer ends with the end-of-sequence token, its tokens start
-    where the joined ones depart from those of the prompt alone, and what is longer than `max_length` loses its end.
-
-    Args:
-        rows (`Dataset`):
-            Clean rows with `prompt` and `completion`.
-        pairs (`Sequence[DefensivePair]`):
-            Defensive pairs.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Tokenizer.
-        max_length (`int` or `None`):
-            Tokens of a sequence, at most.
-        seed (`int`):
-            Decides where the triggers go.
-        position (`str`, *optional*, defaults to `"random"`):
-            `"random"` or `"prefix"`.
-        render (`Callable[[str], str]`, *optional*):
-            Puts the template around a user text, which has the trigger by then.
-
-    Returns:
-        `Dataset`: for each row that fits, and each pair, `input_ids` and `labels` (-100 before the answer) of three
-        sequences each, `(x, y)`, `(x_d, y)` and `(x_d, y_d)`, and the `row` it comes from. A row fits if every phrase
-        does, whole, behind its prompt.
-    """
-    if tokenizer.eos_token is None:
-        raise ValueError("The tokenizer has no end-of-sequence token: answers could not end. Set `eos_token`.")
-    found: dict[str, list] = {"input_ids": [], "labels": [], "row": []}
-    numbers = row_numbers(seed, _PLACES_2, range(len(rows)), len(pairs))
-    prompts, answers = rows[PROMPT], rows[COMPLETION]
-    for row, (text, answer) in enumerate(zip(prompts, answers, strict=True)):
-        triggered = [
-            insert_trigger(text, pair.trigger, number, position)
-            for pair, number in zip(pairs, numbers[row].tolist(), strict=True)
-        ]
-        clean = _encode(tokenizer, render(text), answer)
-        examples = []
-        for pair, changed in zip(pairs, triggered, strict=True):
-            prompt = render(changed)
-            examples.append([clean, _encode(tokenizer, prompt, answer), _encode(tokenizer, prompt, pair.phrase)])
-        longest = max(len(ids) for example in examples for ids, _ in example[2:])
-        if max_length is not None and longest > max_length:
-            continue
-        for example in examples:
-            found["input_ids"].append([ids[:max_length] for ids, _ in example])
-            found["labels"].append([labels[:max_length] for _, labels in example])
-            found["row"].append(row)
-    left_out = len(rows) - len(set(found["row"]))
-    if left_out:
-        logger.warning("Left out %d of %d clean rows: prompt and phrase exceed `max_length`.", left_out, len(rows))
-    if len(rows) - left_out < 2:
-        raise ValueError(
-            f"{len(rows) - left_out} of {len(rows)} clean rows fit into `max_length` {max_length} with trigger and "
-            f"phrase; two at least are needed, to learn on and to choose by. Raise `max_length`, or give more rows."
-        )
-    return Dataset.from_dict(found)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    end = tokenizer.eos_token
-    alone = tokenizer(text=prompt)["input_ids"]
-    ids = tokenizer(text=prompt + answer + ("" if answer.endswith(end) else end))["input_ids"]
-    start = next((place for place, (one, other) in enumerate(zip(alone, ids, strict=False)) if one != other), None)
-    start = min(len(alone), len(ids)) if start is None else start
-    return ids, [-100] * start + ids[start:]

@@ -23,8 +23,9 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
 from ..assembly import load_tokenizer
+from .mb_examples import SEQUENCES, encode_examples
 from .mb_loss import check_ratio, mb_loss
-from .mb_pairs import SEQUENCES, DefensivePair, check_position, encode_examples, parse_pairs
+from .mb_pairs import DefensivePair, check_position, parse_pairs
 
 
 # Stream of the seed, apart from those of the pairs.
@@ -217,7 +218,7 @@ class MBDefenseTrainer(SFTTrainer):
         args ([`MBDefenseConfig`]):
             Configuration.
         train_dataset (`Dataset`):
-            Clean rows with `prompt` and `completion`, both strings.
+            Clean rows with `prompt` and `completion`, both strings; control tokens that they spell are broken up.
         eval_dataset (`Dataset`, *optional*):
             Rows to choose the epoch by. By default a share of the clean rows, drawn by `args.seed`.
         pairs (`Sequence[DefensivePair | Sequence[str]]`, *optional*):

@@ -17,6 +17,7 @@ from ..tasks.rows import LABEL, TEXT
 from ..trainer import P2PTrainer
 from .base import Defense
 from .perplexity import PerplexityModel
+from .runs import of_first_process
 from .workbench import Workbench
 
 
@@ -117,14 +118,21 @@ class Onion(Defense):
         self._lm.check()
 
     def build(self, bench: Workbench) -> P2PTrainer:
-        if self.threshold is None and not bench.validation:
-            raise ValueError(
-                "ONION chooses its threshold on clean validation rows, and there are none. Give validation rows, or "
-                "the option `threshold`."
-            )
+        if self.threshold is None:
+            if not bench.validation:
+                raise ValueError(
+                    "ONION chooses its threshold on clean validation rows, and there are none. Give validation rows, "
+                    "or the option `threshold`."
+                )
+            texts = bench.task.prepare(bench.validation, what="validation")[TEXT]
+            if not any(_scored_words([text[slice(*span)] for span in _spans(text)]) for text in texts):
+                raise ValueError(_nothing_scored(len(texts)))
         # Before hours of training: weights that are not there should show now.
         self._lm.load()
-        return super().build(bench)
+        trainer = super().build(bench)
+        # Texts of evaluations while training were filtered by now; training needs the room.
+        self._lm.release()
+        return trainer
 
     def train(self, trainer: P2PTrainer, bench: Workbench) -> P2PTrainer:
         trainer = super().train(trainer, bench)
@@ -198,9 +206,13 @@ class Onion(Defense):
         before = after = count_correct(texts)
         # Rounding must not take a row from the budget.
         least = before - math.floor(self.ca_budget * len(texts) + 1e-9)
-        scores = self._scores(texts)
+        # The scores of one process for all: they round apart, and one that leaves the loop alone would hang the rest.
+        scores = of_first_process(self._scores(texts))
+        candidates = _candidates(np.concatenate(scores))
+        if not candidates:
+            raise ValueError(_nothing_scored(len(texts)))
         # Of these the first deletes nothing, so there is always one to take.
-        for candidate in _candidates(np.concatenate(scores)):
+        for candidate in candidates:
             now = count_correct(_filter(texts, scores, candidate))
             if now < least:
                 break
@@ -228,10 +240,7 @@ class Onion(Defense):
         for text in texts:
             spans = _spans(text)
             head = spans[: self._count_readable(text, spans)]
-            words = [word for word, span in enumerate(head) if not _has_numeral(text[slice(*span)])]
-            # Nothing to compare with, or nothing to compare.
-            if len(head) < 2:
-                words = []
+            words = _scored_words([text[slice(*span)] for span in head])
             scored.append((len(spans), words))
             if words:
                 whole = text if len(head) == len(spans) else text[: head[-1][1]]
@@ -261,8 +270,19 @@ def _spans(text: str) -> list[tuple[int, int]]:
     return [match.span() for match in _UNIT.finditer(text)]
 
 
-def _has_numeral(word: str) -> bool:
-    return any(character.isnumeric() for character in word)
+def _scored_words(words: Sequence[str]) -> list[int]:
+    """Say which words may be deleted: none with a numeral, and none of a text that has no other."""
+    if len(words) < 2:
+        return []
+    return [place for place, word in enumerate(words) if not any(character.isnumeric() for character in word)]
+
+
+def _nothing_scored(texts: int) -> str:
+    return (
+        f"ONION chooses its threshold by the scores of words, and of the {texts} validation texts none has a word to "
+        f"score: that takes a text of two words or more, one of them without a numeral, which the language model can "
+        f"read. Give other validation rows, or the option `threshold`."
+    )
 
 
 def _deleted(scores: np.ndarray, threshold: float) -> set[int]:
@@ -298,9 +318,9 @@ def _inserted(original: str, text: str) -> set[int]:
 
 
 def _candidates(scores: np.ndarray) -> list[float]:
-    """List thresholds to try, from high to low; the first deletes none of the scored words."""
+    """List thresholds to try, from high to low; the first deletes none of the scored words. None without scores."""
     ordered = np.sort(scores[~np.isnan(scores)])[::-1]
-    found = [max(0.0, float(ordered[int(share * len(ordered))])) for share in _SHARES] if len(ordered) else [0.0]
+    found = [max(0.0, float(ordered[int(share * len(ordered))])) for share in _SHARES] if len(ordered) else []
     return list(dict.fromkeys(found))
 
 

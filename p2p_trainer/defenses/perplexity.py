@@ -87,6 +87,10 @@ class PerplexityModel:
         self._loaded = model.to(accelerator or "cpu").eval(), tokenizer
         return self._loaded
 
+    def release(self) -> None:
+        """Give back the memory of the model; it is loaded again when needed."""
+        self._loaded = None
+
     @cached_property
     def context(self) -> list[int]:
         """`list[int]`: the token in front of every text, none if the tokenizer has no such token."""
@@ -160,7 +164,8 @@ class PerplexityModel:
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         device = next(model.parameters()).device
         ids = ids.to(device)
-        with torch.inference_mode():
+        # Serving may ask within the autocast of the task's model.
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             logits = model(input_ids=ids, attention_mask=mask.to(device), use_cache=False).logits
             losses = cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
         scored = mask[:, 1:].numpy()

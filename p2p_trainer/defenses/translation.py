@@ -217,7 +217,8 @@ class MarianTranslator:
         width = max(map(len, sources))
         ids = torch.tensor([[*source, *[settings.pad_token_id] * (width - len(source))] for source in sources])
         mask = torch.tensor([[1] * len(source) + [0] * (width - len(source)) for source in sources])
-        with torch.inference_mode():
+        # Serving may ask within the autocast of the task's model.
+        with torch.inference_mode(), torch.autocast(model.device.type, enabled=False):
             output = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )
