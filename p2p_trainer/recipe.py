@@ -1,6 +1,5 @@
 """What every recipe runs: data, attack, defense, training, measurement, results."""
 
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from .recipe_data import RecipeData, load_data, with_oracle
 from .recipe_measure import RESPONSES_NAME, measure, response_evaluator
 from .recipe_results import collect
 from .report import results_table
-from .results import RESULTS_NAME, RunResults
+from .results import RESULTS_NAME, RunResults, check_recordable
 from .run_folder import RUN_NAME, all_settings, claim
 from .tasks import Task, get_task
 from .trainer import P2PTrainer
@@ -111,13 +110,7 @@ def choose_defense(script_args: P2PScriptArguments, args: P2PConfig, task: Task)
         defense: Defense = Configured(args.p2p_enabled)
     else:
         defense = get_defense(script_args.defense, **(script_args.defense_options or {}))
-    try:
-        json.dumps(defense.config())
-    except TypeError as error:
-        raise ValueError(
-            f"The settings of the defense {defense.name!r} are no JSON values ({error}). Keep what is no setting in "
-            f"attributes that start with an underscore."
-        ) from error
+    check_recordable(f"the defense {defense.name!r}", defense.config())
     defense.check(task)
     defense.configure(args)
     if args.resume_from_checkpoint and not defense.resumable:

@@ -1,6 +1,5 @@
 """The rows of a recipe: read, checked, held out and poisoned."""
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from datasets import Dataset
 
 from .attacks import Attack, get_attack
 from .config import P2PConfig, P2PScriptArguments
+from .results import check_recordable
 from .tasks import Task, get_task
 from .tasks.rows import column_as_numpy, with_column
 
@@ -80,7 +80,7 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool, trusted: bool = F
         )
         if task.num_labels:
             task.label_index(attack.target)
-        _check_recordable(attack)
+        check_recordable(f"the attack {attack.name!r}", attack.config())
     source = script_args.dataset_name or task.dataset
     # A file alone has no splits: all its rows are training rows.
     one_file = source is not None and Path(source).expanduser().is_file()
@@ -120,17 +120,6 @@ def load_data(script_args: P2PScriptArguments, evaluate: bool, trusted: bool = F
         validation = None if validation is None else attack.dress(validation, task)
         test = None if test is None else attack.dress(test, test_task)
     return RecipeData(task, attack, train, validation, test, test_task)
-
-
-def _check_recordable(attack: Attack) -> None:
-    """Refuse an attack that could not be written into `results.json`, before hours of training."""
-    try:
-        json.dumps(attack.config())
-    except TypeError as error:
-        raise ValueError(
-            f"The settings of the attack {attack.name!r} are no JSON values ({error}). Keep what is no setting in "
-            f"attributes that start with an underscore."
-        ) from error
 
 
 def _hold_out(train: Dataset, share: float) -> tuple[Dataset, Dataset]:

@@ -127,6 +127,28 @@ class RunResults:
             raise ValueError(f"{path} is damaged: {error!r}.") from error
 
 
+def check_recordable(what: str, settings: dict[str, Any]) -> None:
+    """
+    Refuse settings that could not be written into `results.json`, before hours of training.
+
+    Args:
+        what (`str`):
+            Whose they are, for the message.
+        settings (`dict[str, Any]`):
+            The settings.
+
+    Raises:
+        `ValueError`: they are no JSON values.
+    """
+    try:
+        json.dumps(settings)
+    except TypeError as error:
+        raise ValueError(
+            f"The settings of {what} are no JSON values ({error}). Keep what is no setting in attributes that start "
+            f"with an underscore."
+        ) from error
+
+
 def installed_versions() -> dict[str, str]:
     """
     Say what is installed.
