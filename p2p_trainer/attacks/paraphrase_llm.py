@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from ..helper_models import load_causal_model
 from .paraphrase import KnownTexts, ParaphraseEngine
 
 
@@ -20,6 +21,11 @@ SYNTACTIC_PROMPT = (
     "Rewrite the sentence below so that it begins with a subordinate clause (one that starts with `when`, `if`, `as` "
     "or the like), then a comma, then the main clause. Keep its meaning, its language and every number. Answer with "
     "the rewritten sentence alone, on one line.\n\nSentence: {text}\nRewritten sentence:"
+)
+
+_REMEDY = (
+    "Name the folder of a causal language model with the option `model`, or use the engine 'precomputed' or "
+    "'template'."
 )
 
 # Batches from which on a bar is shown on a terminal, without being asked for.
@@ -135,7 +141,7 @@ class LLMParaphrases(ParaphraseEngine):
     def _generate(self, texts: Sequence[str], progress: bool) -> Iterator[dict[str, str | None]]:
         """Yield the answers to one batch after the other."""
         if self._loaded is None:
-            self._loaded = self._load()
+            self._loaded = load_causal_model("paraphrase model", self.model, _REMEDY)
         model, tokenizer = self._loaded
         prompts = [self._encode(tokenizer, text) for text in texts]
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -183,29 +189,6 @@ class LLMParaphrases(ParaphraseEngine):
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )
         return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-
-    def _load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
-            model = AutoModelForCausalLM.from_pretrained(
-                self.model, dtype="auto" if accelerator else torch.float32, use_safetensors=True
-            )
-        except Exception as error:  # a missing folder, a refused connection and a missing file end in the same remedy
-            path = Path(self.model).expanduser().resolve()
-            problem = (
-                "can't be loaded" if path.is_dir() else f"is no local folder (looked at {path}) and can't be had from "
-                "the Hugging Face Hub"
-            )  # fmt: skip
-            reason = (str(error).strip().splitlines() or ["no details"])[0][:200]
-            raise ValueError(
-                f"The paraphrase model {self.model!r} {problem} ({type(error).__name__}: {reason}). Name the folder "
-                f"of a causal language model with the option `model`, or use the engine 'precomputed' or 'template'."
-            ) from error
-        return model.to(accelerator or "cpu").eval(), tokenizer
 
 
 def _answer(text: str, output: str) -> str | None:

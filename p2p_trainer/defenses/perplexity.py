@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..helper_models import check_causal_model, load_causal_model
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_REMEDY = "Name the folder of a small causal language model, with weights in safetensors, with the option `model`."
 
 # Tokens per forward pass, padding included: the logits of long texts must not fill the memory.
 _BATCH_TOKENS = 4096
@@ -50,18 +53,7 @@ class PerplexityModel:
         Raises:
             `ValueError`: configuration or tokenizer can't be loaded, or it is no causal language model.
         """
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
-
-        try:
-            config = AutoConfig.from_pretrained(self.name)
-            AutoTokenizer.from_pretrained(self.name)
-        except Exception as error:  # a missing folder, a refused connection and a missing file end in the same remedy
-            raise self._missing(error) from error
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(
-                f"The perplexity model {self.name!r} is of type {config.model_type!r}, which has no causal language "
-                f"model. Name one such as GPT-2 with the option `model`."
-            )
+        check_causal_model("perplexity model", self.name, _REMEDY)
 
     def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """
@@ -73,18 +65,8 @@ class PerplexityModel:
         Raises:
             `ValueError`: it can't be loaded.
         """
-        if self._loaded is not None:
-            return self._loaded
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name)
-            model = AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32, use_safetensors=True)
-        except Exception as error:  # as in `check`
-            raise self._missing(error) from error
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self._loaded = model.to(accelerator or "cpu").eval(), tokenizer
+        if self._loaded is None:
+            self._loaded = load_causal_model("perplexity model", self.name, _REMEDY, exact=True)
         return self._loaded
 
     def release(self) -> None:
@@ -171,15 +153,3 @@ class PerplexityModel:
         scored = mask[:, 1:].numpy()
         losses = losses.view(len(rows), -1).cpu().numpy().astype(np.float64)
         return np.where(scored, losses, 0.0).sum(axis=1) / scored.sum(axis=1)
-
-    def _missing(self, error: Exception) -> ValueError:
-        path = Path(self.name).expanduser().resolve()
-        problem = (
-            "can't be loaded" if path.is_dir() else f"is no local folder (looked at {path}) and can't be had from the "
-            "Hugging Face Hub"
-        )  # fmt: skip
-        reason = (str(error).strip().splitlines() or ["no details"])[0][:200]
-        return ValueError(
-            f"The perplexity model {self.name!r} {problem} ({type(error).__name__}: {reason}). Name the folder of a "
-            f"small causal language model, with weights in safetensors, with the option `model`."
-        )

@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..attacks.paraphrase import ParaphraseEngine, get_engine
+from ..helper_models import check_causal_model
 from ..tasks import Task
 from .back_translation import RewordingDefense
-from .translation import is_tokenised, missing_model, restyle
+from .translation import is_tokenised, restyle
 
 
 PLAIN_PROMPT = (
     "Rewrite the sentence below as one plain declarative sentence: subject, verb, full stop, and no opening clause in "
     "front of the subject. Keep its meaning, its language and every number. Answer with the rewritten sentence alone, "
     "on one line.\n\nSentence: {text}\nRewritten sentence:"
+)
+
+_REMEDY = (
+    "Name the folder of a causal language model with `model` in `engine_options`, or use the engine 'precomputed' "
+    "with paraphrases made elsewhere."
 )
 
 _SUBORDINATORS = (
@@ -84,7 +90,7 @@ class SCPD(RewordingDefense):
         if self.engine == "precomputed":
             self._engine.rewrite([])
         elif self.engine == "llm":
-            _check_llm(self.engine_options["model"])
+            check_causal_model("paraphrase model", self.engine_options["model"], _REMEDY)
 
     def restore(self, state: dict[str, Any], folder: Path) -> None:
         super().restore(state, folder)
@@ -134,16 +140,3 @@ def _plain(text: str) -> str:
     stem = _END.sub("", line)
     stop = "。" if _CJK_END.search(stem) else " ." if is_tokenised(text) else "."
     return f"{before}{stem}{stop if stem else line}{newline}{rest}"
-
-
-def _check_llm(model: str) -> None:
-    from transformers import AutoConfig
-
-    try:
-        AutoConfig.from_pretrained(model)
-    except Exception as error:  # a missing folder and a refused connection end in the same remedy
-        raise missing_model(
-            "paraphrase model", model, error,
-            "Name the folder of a causal language model with `model` in `engine_options`, or use the engine "
-            "'precomputed' with paraphrases made elsewhere.",
-        ) from error  # fmt: skip

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
 
+from ..helper_models import missing_model
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -259,29 +261,3 @@ class MarianTranslator:
             "Name the folder of a MarianMT model with the options `to` and `back` in `engine_options`, or use the "
             "engine 'precomputed' with translations made elsewhere.",
         )
-
-
-def missing_model(kind: str, name: str, error: Exception, remedy: str) -> ValueError:
-    """
-    Build the error for a model that can't be had.
-
-    Args:
-        kind (`str`):
-            What it is for.
-        name (`str`):
-            Its folder or hub id.
-        error (`Exception`):
-            What loading it raised.
-        remedy (`str`):
-            What to do.
-
-    Returns:
-        `ValueError`: the error.
-    """
-    path = Path(name).expanduser().resolve()
-    problem = (
-        "can't be loaded" if path.is_dir() else f"is no local folder (looked at {path}) and can't be had from the "
-        "Hugging Face Hub"
-    )  # fmt: skip
-    reason = (str(error).strip().splitlines() or ["no details"])[0][:200]
-    return ValueError(f"The {kind} {name!r} {problem} ({type(error).__name__}: {reason}). {remedy}")

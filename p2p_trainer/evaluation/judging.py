@@ -3,11 +3,11 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from ..helper_models import check_causal_model, load_causal_model
 from ..label_space import Answers, audit
 from ..prompt_encoder import pad_token_id, special_token_cleaner
 from .scorer import LabelScorer
@@ -30,6 +30,8 @@ JUDGE_PROMPT = (
     "you.\n\n[Instruction]\n{prompt}\n[End of instruction]\n\n[Response]\n{response}\n[End of response]\n\n"
     "{question} Answer with Yes or No."
 )
+
+_REMEDY = "Name the folder of a causal language model that follows instructions, with its weights as safetensors."
 
 # Words in a row that give a defender's phrase away.
 _PHRASE_WORDS = 3
@@ -260,22 +262,7 @@ class LLMJudge(Judge):
             `ValueError`: configuration or tokenizer can't be loaded, it is no causal language model, a local folder
                 has no weights as safetensors, or `Yes` and `No` can't be told apart.
         """
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
-
-        try:
-            config = AutoConfig.from_pretrained(self.model)
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
-        except Exception as error:  # a missing folder, a refused connection and a missing file end in the same remedy
-            raise self._missing(error) from error
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ValueError(
-                f"The judge model {self.model!r} is of type {config.model_type!r}, which has no causal language "
-                f"model. Name one that follows instructions."
-            )
-        folder = Path(self.model).expanduser()
-        if folder.is_dir() and not any(next(folder.glob(f"*.safetensors{end}"), None) for end in ("", ".index.json")):
-            raise self._missing(FileNotFoundError("no *.safetensors and no *.safetensors.index.json in the folder"))
-        self._audited(tokenizer)
+        self._audited(check_causal_model("judge model", self.model, _REMEDY))
 
     def shows(self, prompts: Sequence[str], responses: Sequence[str]) -> np.ndarray:
         if self._loaded is None:
@@ -316,28 +303,8 @@ class LLMJudge(Judge):
             ) from error
 
     def _load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, Answers]":
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self.model)
-            model = AutoModelForCausalLM.from_pretrained(
-                self.model, dtype="auto" if accelerator else torch.float32, use_safetensors=True
-            )
-        except Exception as error:  # as in `check`
-            raise self._missing(error) from error
-        return model.to(accelerator or "cpu").eval(), tokenizer, self._audited(tokenizer)
-
-    def _missing(self, error: Exception) -> ValueError:
-        path = Path(self.model).expanduser().resolve()
-        where = "can't be loaded" if path.is_dir() else (
-            f"is no local folder (looked at {path}) and can't be had from the Hugging Face Hub"
-        )  # fmt: skip
-        return ValueError(
-            f"The judge model {self.model!r} {where} ({type(error).__name__}: {_first_line(error)}). Name the folder "
-            f"of a causal language model that follows instructions, with its weights as safetensors."
-        )
+        model, tokenizer = load_causal_model("judge model", self.model, _REMEDY)
+        return model, tokenizer, self._audited(tokenizer)
 
 
 def target_judge(target: str) -> Judge:
