@@ -1,5 +1,6 @@
 """Binds the prompt format to a tokenizer: text to token ids, for training, evaluation and serving alike."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -342,4 +343,9 @@ def special_token_cleaner(tokenizer: PreTrainedTokenizerBase) -> Callable[[str],
     special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-    return lambda text: pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+    # No closure: collators are pickled where workers are spawned.
+    return functools.partial(_split_tokens, pattern)
+
+
+def _split_tokens(pattern: re.Pattern[str], text: str) -> str:
+    return pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)

@@ -177,11 +177,11 @@ def test_bad_options(tmp_path):
 
 
 def test_the_model_is_released_after_each_use(monkeypatch, tiny_model, tmp_path):
-    from p2p_trainer.attacks.paraphrase_llm import LLMParaphrases
+    from p2p_trainer.attacks import paraphrase_llm
 
     loads = []
-    load = LLMParaphrases._load
-    monkeypatch.setattr(LLMParaphrases, "_load", lambda engine: loads.append(engine) or load(engine))
+    load = paraphrase_llm.load_causal_model
+    monkeypatch.setattr(paraphrase_llm, "load_causal_model", lambda *model: loads.append(model) or load(*model))
     attack = SynAttack(
         "positive", 0.1, engine="llm",
         engine_options={"model": tiny_model, "prompt": "{text} so", "max_new_tokens": 3, "cache": str(tmp_path)},
