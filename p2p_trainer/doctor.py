@@ -80,7 +80,7 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         rows = found["defense"].rows(with_oracle(data.train, args), data.task, args)
         if not args.p2p_enabled:
             found["total"] = len(rows)
-            return f"no row carries the key; {len(rows)} of {len(data.train)} rows are trained on"
+            return f"no row carries the key; {len(data.train)} rows were given, {len(rows)} are trained on"
         built = build_training_set(rows, data.task, args)
         found["total"] = len(built.rows)
         counts = built.counts
