@@ -93,11 +93,12 @@ class Defense(Guard, ABC):
 
     name: ClassVar[str]
 
-    # Whether clean validation rows are needed, to choose a threshold or a moment to stop.
-    needs_validation: ClassVar[bool] = False
+    # Whether clean validation rows are needed, to choose a threshold or a moment to stop. As the next one, it may hang
+    # on the options: to be read on an instance.
+    needs_validation: bool = False
 
     # Whether training is one run, which can be resumed from a checkpoint.
-    resumable: ClassVar[bool] = True
+    resumable: bool = True
 
     def __init__(self) -> None:
         self.compute = Compute()

@@ -84,7 +84,7 @@ class KeyWithoutRelabel(Defense):
         return self._trigger is not None
 
     @property
-    def stamp(self) -> str:  # type: ignore[override]
+    def stamp(self) -> str:
         return stamp("", self._trigger)
 
     def rewrite(self, texts: Sequence[str]) -> list[str]:

@@ -102,7 +102,7 @@ class Onion(Defense):
         self._known: dict[str, np.ndarray] = {}
 
     @property
-    def needs_validation(self) -> bool:  # type: ignore[override]
+    def needs_validation(self) -> bool:
         """`bool`: whether the threshold is to be chosen."""
         return self.threshold is None
 

@@ -119,7 +119,7 @@ class PDB(Defense):
         return concatenate_datasets([dataset, *[copies] * self.copies])
 
     @property
-    def stamp(self) -> str:  # type: ignore[override]
+    def stamp(self) -> str:
         return stamp("", self.trigger)
 
     def rewrite(self, texts: Sequence[str]) -> list[str]:

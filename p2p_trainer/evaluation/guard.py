@@ -19,8 +19,10 @@ class Guard:
     This one does nothing. Evaluation and serving go through the same guard, so they can't drift apart.
     """
 
-    # What it puts in front of every text and the model reads there: room that long texts do not have.
-    stamp: str = ""
+    @property
+    def stamp(self) -> str:
+        """`str`: what it puts in front of every text, and so room that long texts do not have."""
+        return ""
 
     def inputs(self, texts: Sequence[str]) -> list[str]:
         """
