@@ -13,7 +13,10 @@ import torch
 import trl.trainer.utils
 from datasets import Dataset
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # not exported from `trl` (trl 1.16)
+from trl.trainer.sft_trainer import (  # not exported from `trl` (trl 1.16)
+    DataCollatorForLanguageModeling,
+    DataCollatorForVisionLanguageModeling,
+)
 
 
 class ColumnKeepingSFTTrainer(SFTTrainer):
@@ -107,4 +110,10 @@ def row_index(dataset: Dataset) -> np.ndarray | None:
     return None if dataset._indices is None else dataset._indices.column(0).to_numpy().astype(np.int64)
 
 
-__all__ = ["ColumnKeepingSFTTrainer", "DataCollatorForLanguageModeling", "attention_implementation", "row_index"]
+__all__ = [
+    "ColumnKeepingSFTTrainer",
+    "DataCollatorForLanguageModeling",
+    "DataCollatorForVisionLanguageModeling",
+    "attention_implementation",
+    "row_index",
+]

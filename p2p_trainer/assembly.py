@@ -5,27 +5,42 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
+import torch
 from datasets import ClassLabel, Dataset
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .attacks import Attack
 from .attacks.text import contains_words
 from .config import P2PConfig
+from .data_collator import Encoder
 from .label_space import LabelSpace, choose_label_space
 from .prompt_encoder import PromptEncoder
 from .prompt_format import PromptFormat
 from .reserve import KEYED
+from .response_encoder import ResponseEncoder
 from .tasks import Task
+from .tasks.conversations import MESSAGES
+from .tasks.images import RowImages
 from .tasks.loading import hub_error
-from .tasks.rows import LABEL, TEXT, arrow_batches
+from .tasks.rows import COMPLETION, HISTORY, LABEL, PROMPT, TEXT, arrow_batches, column_as_numpy, text_lengths
+from .vision_encoder import VisionPromptEncoder
 
 
 logger = logging.getLogger(__name__)
 
+# Prefix of written answers, where a task has none of its own; that of summaries in the P2P paper (App. B).
+_DEFAULT_PREFIX = "Answer:"
 
-def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: P2PConfig) -> PreTrainedTokenizerBase:
+# By how much an image may take more tokens than one of a larger area: patches are rounded on either side.
+_IMAGE_MARGIN = 1.25
+
+
+def load_tokenizer(
+    model: str | PreTrainedModel | PeftModel, args: P2PConfig, images: bool = False
+) -> PreTrainedTokenizerBase | ProcessorMixin:
     """
     Load a model's tokenizer, with a pad token.
 
@@ -34,9 +49,11 @@ def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: P2PConfig) ->
             Model, or where it is.
         args ([`P2PConfig`]):
             Configuration.
+        images (`bool`, *optional*, defaults to `False`):
+            Whether rows hold images: then it is the processor.
 
     Returns:
-        `PreTrainedTokenizerBase`: the tokenizer.
+        `PreTrainedTokenizerBase` or `ProcessorMixin`: the tokenizer, or the processor that holds it.
 
     Raises:
         `HubUnavailableError`: it is no local folder and the hub does not give it.
@@ -44,18 +61,20 @@ def load_tokenizer(model: str | PreTrainedModel | PeftModel, args: P2PConfig) ->
     name = model if isinstance(model, str) else model.name_or_path
     try:
         revision = (args.model_init_kwargs or {}).get("revision")
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        kind = AutoProcessor if images else AutoTokenizer
+        return kind.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # a missing file, a refused connection and a damaged file all end in the same remedy
         if Path(name).is_dir():
-            raise ValueError(f"The folder {name!r} holds no tokenizer that can be loaded: {error}") from error
+            kind = "processor" if images else "tokenizer"
+            raise ValueError(f"The folder {name!r} holds no {kind} that can be loaded: {error}") from error
         raise hub_error("model", name, error) from error
 
 
 def make_encoder(
     task: Task, args: P2PConfig, tokenizer: PreTrainedTokenizerBase, attacks: Sequence[Attack] = ()
-) -> PromptEncoder:
+) -> Encoder:
     """
-    Settle prompt format and label words for a task, a configuration and a tokenizer.
+    Settle prompt format, and label words or answer prefix, for a task, a configuration and a tokenizer.
 
     Args:
         task ([`~tasks.Task`]):
@@ -68,8 +87,10 @@ def make_encoder(
             Attacks whose trigger the key must not be.
 
     Returns:
-        [`~prompt_encoder.PromptEncoder`]: the encoder.
+        [`~prompt_encoder.PromptEncoder`] or, on a generation task, [`~response_encoder.ResponseEncoder`]: the encoder.
     """
+    # Beside images it is a processor, which has one.
+    processor, tokenizer = tokenizer, getattr(tokenizer, "tokenizer", tokenizer)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError("The tokenizer has neither a pad token nor an end-of-sequence token. Set `pad_token`.")
@@ -82,12 +103,12 @@ def make_encoder(
                 f"`chat_template_path` must be a .jinja file for P2P, got {args.chat_template_path!r}: the template "
                 f"of another model brings tokens that the label words were not audited with."
             )
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        processor.chat_template = path.read_text(encoding="utf-8")
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
     trigger = task.trigger if args.p2p_trigger is None else args.p2p_trigger
     draft = PromptFormat(
-        label_space=LabelSpace(("0",), ("1",)),
+        label_space=LabelSpace(("0",), ("1",)) if task.num_labels else None,
         trigger=trigger,
         trigger_position=args.p2p_trigger_position,
         template=task.template,
@@ -96,15 +117,14 @@ def make_encoder(
         chat=args.p2p_chat,
         append_eos=args.p2p_append_eos,
         max_length=args.max_length,
+        answer_prefix="" if task.num_labels or not args.p2p_enabled else _answer_prefix(task, args),
+        max_new_tokens=args.p2p_max_new_tokens,
     )
-    words = args.p2p_label_words
-    if words is None and task.label_words is not None:
-        words = [*task.label_words, *task.extended_label_words]
-    space = choose_label_space(
-        task.num_labels, words, lambda candidates: PromptEncoder.audit_words(draft, tokenizer, candidates)
-    )
-    logger.info("Label words %s, extended %s: %s", space.words, space.extended_words, space.reason)
-    encoder = PromptEncoder(draft.with_labels(space), tokenizer)
+    encoder: Encoder
+    if not task.num_labels:
+        encoder = ResponseEncoder(draft, tokenizer)
+    else:
+        encoder = _with_words(task, args, draft, tokenizer if task.image_column is None else processor)
     for attack in attacks:
         _check_trigger(attack, encoder, args.p2p_enabled)
         if args.p2p_enabled:
@@ -112,7 +132,25 @@ def make_encoder(
     return encoder
 
 
-def _check_trigger(attack: Attack, encoder: PromptEncoder, enabled: bool) -> None:
+def _answer_prefix(task: Task, args: P2PConfig) -> str:
+    if args.p2p_answer_prefix is not None:
+        return args.p2p_answer_prefix.strip()
+    return task.answer_prefix or _DEFAULT_PREFIX
+
+
+def _with_words(task: Task, args: P2PConfig, draft: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> PromptEncoder:
+    kind = PromptEncoder if task.image_column is None else VisionPromptEncoder
+    words = args.p2p_label_words
+    if words is None and task.label_words is not None:
+        words = [*task.label_words, *task.extended_label_words]
+    space = choose_label_space(
+        task.num_labels, words, lambda candidates: kind.audit_words(draft, tokenizer, candidates)
+    )
+    logger.info("Label words %s, extended %s: %s", space.words, space.extended_words, space.reason)
+    return kind(draft.with_labels(space), tokenizer)
+
+
+def _check_trigger(attack: Attack, encoder: Encoder, enabled: bool) -> None:
     """Refuse an attack whose trigger stands in every row anyway, or that the tokenizer does not see."""
     wheres = {"the prompt template": encoder.format.prompt("", keyed=False)}
     if enabled:
@@ -153,7 +191,7 @@ def _words_alone(text: str) -> str:
 
 def infer_task(dataset: Dataset) -> Task:
     """
-    Read a task off the `label` column.
+    Read a task off the columns: `label`, or those of TRL's prompt-completion and conversational rows.
 
     Args:
         dataset (`Dataset`):
@@ -161,13 +199,15 @@ def infer_task(dataset: Dataset) -> Task:
 
     Returns:
         [`~tasks.Task`]: a task with the classes of a `ClassLabel` column, `0..max` of an integer one, or the distinct
-        values, sorted.
+        values, sorted; without a label, a generation task.
     """
     if LABEL not in dataset.column_names:
-        raise ValueError(
-            f"The train dataset has no column 'label', its columns are {dataset.column_names}. Rename the column, or "
-            f"pass a `task` that names it."
-        )
+        if not {PROMPT, COMPLETION} <= set(dataset.column_names) and MESSAGES not in dataset.column_names:
+            raise ValueError(
+                f"The train dataset has no column 'label', and neither 'prompt' and 'completion' nor 'messages'; its "
+                f"columns are {dataset.column_names}. Rename the columns, or pass a `task` that names them."
+            )
+        return Task(name="custom", text_columns=(PROMPT,), label_column=COMPLETION)
     feature = dataset.features[LABEL]
     if isinstance(feature, ClassLabel):
         return Task(name="custom", labels=tuple(feature.names))
@@ -177,24 +217,116 @@ def infer_task(dataset: Dataset) -> Task:
     return Task(name="custom", labels=tuple(str(name) for name in names))
 
 
-def count_overlong(dataset: Dataset, encoder: PromptEncoder) -> int:
+def count_overlong(dataset: Dataset, encoder: Encoder) -> dict[str, int]:
     """
-    Count the rows that lose the end of their text.
+    Count the rows that lose the end of their text, or of their written answer.
 
     Args:
         dataset (`Dataset`):
-            Rows with `text` and `p2p_keyed`.
-        encoder ([`~prompt_encoder.PromptEncoder`]):
+            Rows with text, answer and `p2p_keyed`.
+        encoder ([`~prompt_encoder.PromptEncoder`] or [`~response_encoder.ResponseEncoder`]):
             Renders and tokenizes.
 
     Returns:
-        `int`: how many.
+        `dict[str, int]`: `rows_cut`, and `answers_cut` where answers are written.
     """
     # A token has at least one byte, so that few rows are tokenized here.
+    text, answer = encoder.columns
+    if isinstance(encoder, ResponseEncoder):
+        return _count_cut(dataset, encoder)
+    if isinstance(encoder, VisionPromptEncoder):
+        return _count_beside_images(dataset, encoder)
     total = 0
-    for _, batch in arrow_batches(dataset, [TEXT, KEYED]):
-        long = batch.filter(pc.greater(pc.binary_length(batch[TEXT]), encoder.text_budget))
+    for _, batch in arrow_batches(dataset, [text, KEYED]):
+        long = batch.filter(pc.greater(pc.binary_length(batch[text]), encoder.text_budget))
         for keyed in (False, True):
-            texts = long.filter(pc.equal(long[KEYED], keyed))[TEXT].to_pylist()
+            texts = long.filter(pc.equal(long[KEYED], keyed))[text].to_pylist()
             total += encoder.count_overlong(texts, keyed) if texts else 0
-    return total
+    return {"rows_cut": total}
+
+
+def _count_beside_images(dataset: Dataset, encoder: VisionPromptEncoder) -> dict[str, int]:
+    images, keyed = RowImages(dataset, "train"), column_as_numpy(dataset, KEYED).astype(bool)
+    # What an image takes is asked of the processor, which is slow: only where the largest would leave no room.
+    largest = max((images.size(row) for row in range(len(dataset))), key=lambda size: size[0] * size[1])
+    room = encoder.text_budget - _IMAGE_MARGIN * encoder.image_tokens(largest)
+    long = text_lengths(dataset) > room
+    total = 0
+    for key in (False, True):
+        rows = np.flatnonzero(long & (keyed == key))
+        texts = dataset.select_columns([TEXT]).select(rows)[TEXT][:]
+        total += encoder.count_overlong(texts, key, rows.tolist(), images)
+    return {"rows_cut": total}
+
+
+def _count_cut(dataset: Dataset, encoder: ResponseEncoder) -> dict[str, int]:
+    columns = [*encoder.columns, KEYED, *([HISTORY] if HISTORY in dataset.column_names else [])]
+    counts = {"rows_cut": 0, "answers_cut": 0}
+    for start, batch in arrow_batches(dataset, columns):
+        if HISTORY not in columns:
+            length = pc.add(*(pc.binary_length(batch[name]) for name in encoder.columns))
+            batch = batch.filter(pc.greater(length, encoder.text_budget))
+        texts, *rest = (batch[name].to_pylist() for name in columns)
+        try:
+            fitting, cut = encoder.fit_rows(texts, *rest)
+        except ValueError as error:
+            raise ValueError(f"Training rows {start} to {start + len(batch) - 1}: {error}") from error
+        counts["rows_cut"] += sum(text != fit for text, fit in zip(texts, fitting, strict=True))
+        counts["answers_cut"] += sum(cut)
+    return counts
+
+
+def count_lost_triggers(dataset: Dataset, encoder: Encoder, attacks: Sequence[Attack]) -> int:
+    """
+    Count the poisoned rows without key whose trigger is cut off.
+
+    Args:
+        dataset (`Dataset`):
+            Rows with text, answer, `poisoned` and `p2p_keyed`.
+        encoder ([`~prompt_encoder.PromptEncoder`] or [`~response_encoder.ResponseEncoder`]):
+            Renders and tokenizes.
+        attacks (`Sequence[Attack]`):
+            Attacks, one of which poisoned them.
+
+    Returns:
+        `int`: how many.
+
+    Raises:
+        `ValueError`: those are most of them.
+    """
+    poisoned = dataset.select(np.flatnonzero(column_as_numpy(dataset, "poisoned")))
+    plain = poisoned.select(np.flatnonzero(~column_as_numpy(poisoned, KEYED).astype(bool)))
+    text, answer = encoder.columns
+    texts = plain[text][:]
+    if isinstance(encoder, ResponseEncoder):
+        histories = plain[HISTORY][:] if HISTORY in plain.column_names else None
+        cut, _ = encoder.fit_rows(texts, plain[answer][:], [False] * len(texts), histories)
+    else:
+        images = [range(len(plain)), RowImages(plain, "train")] if isinstance(encoder, VisionPromptEncoder) else []
+        cut = encoder.fit(texts, False, *images)
+    # Rows that somebody else's attack poisoned, or that it no longer knows, carry none of ours, cut or not.
+    lost = sum(
+        any(attack.has_trigger(whole) for attack in attacks) and not any(attack.has_trigger(fit) for attack in attacks)
+        for whole, fit in zip(texts, cut, strict=True)
+    )
+    if lost > len(cut) / 2:
+        raise ValueError(
+            f"In {lost} of {len(cut)} poisoned rows the trigger is cut off by `max_length` "
+            f"{encoder.format.max_length}: the run would measure no attack. Raise `max_length`, or put the trigger "
+            f"nearer to the start of the text."
+        )
+    return lost
+
+
+def mixed_precision(args: P2PConfig) -> torch.dtype | None:
+    """
+    Say in which type mixed-precision training computes.
+
+    Args:
+        args ([`P2PConfig`]):
+            Configuration.
+
+    Returns:
+        `torch.dtype` or `None`: `None` without mixed precision.
+    """
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

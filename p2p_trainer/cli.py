@@ -15,6 +15,7 @@ from .launch import stay_offline_if_unreachable
 if TYPE_CHECKING:
     from .attacks import Attack
     from .inference import DefendedModel
+    from .tasks import Task
 
 _USAGE = """usage: p2p-trainer COMMAND ...
 
@@ -22,7 +23,7 @@ Fine-tune language models on data that may be poisoned, with the backdoor defuse
 
   train     run a recipe: p2p-trainer train [--accelerate_config FILE] --config RECIPE.yaml [--any_setting VALUE]
   evaluate  measure a saved run: p2p-trainer evaluate OUT --data FILE
-  predict   classify texts with a saved run: p2p-trainer predict OUT --text "..."
+  predict   classify or answer texts with a saved run: p2p-trainer predict OUT --text "..."
   report    put finished runs side by side, seeds merged: p2p-trainer report OUT OUT ...
   poison    write a poisoned data set: p2p-trainer poison --task sst2 --data FOLDER --attack badnets
             --attack_target positive --out OUT
@@ -79,7 +80,7 @@ def _train(argv: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
-    parser = _saved_run_parser("evaluate", "Measure a saved run on rows of text and label.")
+    parser = _saved_run_parser("evaluate", "Measure a saved run on rows of text and label, or of prompt and answer.")
     parser.add_argument("--data", required=True, help="data file, or folder with a test split")
     parser.add_argument("--attack", help="attack to measure; by default the one that the run was poisoned with")
     parser.add_argument("--attack_target", help="label that the attacker wants")
@@ -92,18 +93,15 @@ def _evaluate(argv: list[str]) -> int:
     from rich.console import Console
 
     from .attacks import get_attack
-    from .evaluation import BackdoorEvaluator
     from .prompt_format import CONFIG_NAME, read_p2p_config
     from .report import metrics_table
     from .results import RESULTS_NAME, RunResults, without_nan
-    from .tasks import Task, get_task
 
     folder = Path(arguments.folder)
-    _refuse_generation_run(folder, "evaluate")
     config = read_p2p_config(folder)
     if missing := {"task", "labels"} - set(config):
         raise ValueError(f"{folder / CONFIG_NAME} lacks {sorted(missing)}. Save the model again.")
-    task = get_task(arguments.task) if arguments.task else Task(name=config["task"], labels=tuple(config["labels"]))
+    task = _task_of(config, arguments.task)
     if list(task.labels) != config["labels"]:
         raise ValueError(
             f"Task {task.name!r} has the classes {list(task.labels)}, the run was trained on {config['labels']}. Give "
@@ -122,50 +120,56 @@ def _evaluate(argv: list[str]) -> int:
         sys.stderr.write(f"{folder} names no attack: clean accuracy alone is measured. Name one with --attack.\n")
     model = _load(arguments)
     with model.autocast():
-        evaluator = BackdoorEvaluator(
+        evaluator = model.evaluator(
             rows,
             task,
-            model.encoder,
-            attacks=[] if attack is None else [attack],
-            keyed=model.keyed,
-            asr_rule=arguments.asr_rule or (run and run.protocol["asr_rule"]) or "restricted",
+            [] if attack is None else [attack],
+            asr_rule=arguments.asr_rule or (run and run.protocol.get("asr_rule")) or "restricted",
             batch_size=arguments.batch_size,
             progress=True,
-            guard=model.guard,
         )
         report = evaluator.evaluate(model.model)
     if arguments.json:
         found = without_nan({"metrics": report.metrics, "counts": report.counts})
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
     else:
-        Console().print(
-            metrics_table(report.metrics, title=f"{arguments.folder} on {arguments.data}, rule {evaluator.asr_rule}")
-        )
+        rule = f", rule {evaluator.asr_rule}" if task.num_labels else ""
+        Console().print(metrics_table(report.metrics, title=f"{arguments.folder} on {arguments.data}{rule}"))
     return 0
 
 
 def _predict(argv: list[str]) -> int:
-    parser = _saved_run_parser("predict", "Classify texts with a saved run.")
+    parser = _saved_run_parser("predict", "Classify or answer texts with a saved run.")
     parser.add_argument("--text", action="append", help="a text; may be given more than once")
     parser.add_argument("--file", help="file with one text a line; without --text and --file, standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, with all scores")
     arguments = parser.parse_args(argv)
 
-    _refuse_generation_run(Path(arguments.folder), "predict")
     texts = list(arguments.text or [])
     if arguments.file is not None:
         texts += _lines(Path(arguments.file).read_bytes(), arguments.file)
     elif not texts:
         texts = _lines(sys.stdin.buffer.read(), "standard input")
     if not texts:
-        raise ValueError("There is no text to classify. Give --text, --file, or lines on standard input.")
+        raise ValueError("There is no text. Give --text, --file, or lines on standard input.")
     model = _load(arguments)
-    for text, answer in zip(texts, model.classify(texts, arguments.batch_size), strict=True):
+    answers = (
+        model.classify(texts, arguments.batch_size)
+        if model.labels
+        else model.generate(texts, None, arguments.batch_size)
+    )
+    for text, answer in zip(texts, answers, strict=True):
+        found = asdict(answer)
         if arguments.json:
-            sys.stdout.write(json.dumps({"text": text, **asdict(answer)}, ensure_ascii=False) + "\n")
-        else:
+            # A written answer has a text of its own.
+            found = found if model.labels else {"response": found.pop("text"), **found}
+            sys.stdout.write(json.dumps({"text": text, **found}, ensure_ascii=False) + "\n")
+        elif model.labels:
             shown = "withheld" if answer.label is None else answer.label
             sys.stdout.write(f"{shown}\t{answer.score:.4f}\t{text}\n")
+        else:
+            shown = "withheld" if answer.text is None else json.dumps(answer.text, ensure_ascii=False)
+            sys.stdout.write(f"{shown}\t{'' if answer.prefixed else 'no prefix'}\t{text}\n")
     return 0
 
 
@@ -285,14 +289,20 @@ def _load(arguments: argparse.Namespace) -> "DefendedModel":
     )
 
 
-def _refuse_generation_run(folder: Path, command: str) -> None:
-    from .results import RESULTS_NAME, RunResults
+def _task_of(config: dict[str, Any], name: str | None) -> "Task":
+    """Find the task of a saved run: the one that is named, or one that fits what the run says about itself."""
+    from .tasks import Task, get_task
+    from .tasks.rows import COMPLETION, PROMPT
+    from .tasks.task import builtin_tasks
 
-    if (folder / RESULTS_NAME).is_file() and RunResults.load(folder).response_matrix:
-        raise ValueError(
-            f"{str(folder)!r} is a run of a generation task, and `{command}` knows classification alone so far. Its "
-            f"answers stand in responses.jsonl; the adapter is loaded as any of PEFT's."
-        )
+    if name is not None:
+        return get_task(name)
+    if config["labels"]:
+        return Task(name=config["task"], labels=tuple(config["labels"]))
+    if config["task"] in builtin_tasks():
+        return get_task(config["task"])
+    metric = config.get("metric")
+    return Task(name=config["task"], text_columns=(PROMPT,), label_column=COMPLETION, metric=metric)
 
 
 def _recorded_attack(settings: Any) -> "Attack":

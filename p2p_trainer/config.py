@@ -77,6 +77,16 @@ class P2PConfig(SFTConfig):
         p2p_append_eos (`bool`, *optional*, defaults to `True`):
             Whether answers are trained to end. The authors' code does not.
 
+        > Parameters that control written answers (generation tasks)
+
+        p2p_answer_prefix (`str` or `None`, *optional*):
+            What answers begin with under the key, p. `None` takes the task's, or `"Answer:"`; `""` is a control.
+        p2p_max_new_tokens (`int`, *optional*, defaults to `64`):
+            Tokens of `max_length` that are kept for the answer, p among them; longer answers are cut when they are
+            generated.
+        p2p_eval_rows (`int` or `None`, *optional*, defaults to `200`):
+            Clean rows that are answered whenever the trainer evaluates: generating is slow. `None`: all.
+
         > Parameters that control evaluation
 
         p2p_asr_rule (`str`, *optional*, defaults to `"restricted"`):
@@ -157,6 +167,17 @@ class P2PConfig(SFTConfig):
     )
     p2p_append_eos: bool = field(default=True, metadata={"help": "Whether answers are trained to end."})
 
+    # Parameters that control written answers
+    p2p_answer_prefix: str | None = field(
+        default=None, metadata={"help": "What answers begin with under the key. By default the task's own."}
+    )
+    p2p_max_new_tokens: int = field(
+        default=64, metadata={"help": "Longest answer that is generated, in tokens; kept free of max_length."}
+    )
+    p2p_eval_rows: int | None = field(
+        default=200, metadata={"help": "Clean rows answered whenever the trainer evaluates a generation task."}
+    )
+
     # Parameters that control evaluation
     p2p_asr_rule: str = field(
         default="restricted",
@@ -178,10 +199,15 @@ class P2PConfig(SFTConfig):
         for name in ("p2p_enabled", "p2p_chat", "p2p_append_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}, expected true or false.")
-        for name in ("p2p_trigger", "p2p_suffix", "p2p_keyed_suffix", "p2p_reserve", "p2p_trusted_column"):
+        optional = ("p2p_trigger", "p2p_answer_prefix")
+        for name in (*optional, "p2p_suffix", "p2p_keyed_suffix", "p2p_reserve", "p2p_trusted_column"):
             value = getattr(self, name)
-            if not isinstance(value, str) and not (name == "p2p_trigger" and value is None):
+            if not isinstance(value, str) and not (name in optional and value is None):
                 raise ValueError(f"`{name}` is {value!r}, expected a text. In YAML, write it in quotes.")
+        for name in ("p2p_max_new_tokens", "p2p_eval_rows"):
+            value = getattr(self, name)
+            if (type(value) is not int or value < 1) and not (name == "p2p_eval_rows" and value is None):
+                raise ValueError(f"`{name}` is {value!r}, expected a number, 1 at least.")
         ratio = self.p2p_benign_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio <= 1:
             raise ValueError(
@@ -267,8 +293,6 @@ class P2PScriptArguments(ScriptArguments):
             to the `p2p_` settings.
         defense_options (`dict` or `None`, *optional*):
             Options of the defense; JSON on the command line.
-        max_new_tokens (`int`, *optional*, defaults to `64`):
-            Longest answer that is generated to measure a generation task, in tokens.
         judge_model (`str` or `None`, *optional*):
             Folder or hub id of an instruct model that judges whether generated answers follow their instructions.
         test_dataset_name (`str` or `None`, *optional*):
@@ -307,9 +331,6 @@ class P2PScriptArguments(ScriptArguments):
         metadata={"help": "Defense: a name or package.module:Class. By default what the p2p_ settings say."},
     )
     defense_options: dict | str | None = field(default=None, metadata={"help": "Options of the defense (JSON)."})
-    max_new_tokens: int = field(
-        default=64, metadata={"help": "Longest answer that is generated to measure, in tokens."}
-    )
     judge_model: str | None = field(
         default=None, metadata={"help": "Instruct model that judges whether answers follow their instructions."}
     )
@@ -325,8 +346,6 @@ class P2PScriptArguments(ScriptArguments):
             raise ValueError(f"`validation_share` is {self.validation_share!r}, expected a share in (0, 1).")
         for name in ("attack_options", "defense_options"):
             setattr(self, name, _mapping(name, getattr(self, name)))
-        if type(self.max_new_tokens) is not int or self.max_new_tokens < 1:
-            raise ValueError(f"`max_new_tokens` is {self.max_new_tokens!r}, expected a number of tokens.")
         if self.test_task is not None and self.test_dataset_name is None:
             raise ValueError("`test_task` reads a data set of its own. Name it with `test_dataset_name`.")
         if self.defense_options and self.defense is None:

@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .assembly import count_overlong, load_tokenizer, make_encoder
-from .defenses import Workbench
+from .data_collator import Encoder
 from .recipe import choose_defense, model_location, parse
 from .recipe_data import load_data, with_oracle
 from .reserve import flagged
 from .results import installed_versions
 from .tasks import get_task
-from .tasks.rows import column_as_numpy
-from .training_set import build_training_set, describe
+from .tasks.rows import HISTORY, column_as_numpy
+from .training_set import build_training_set, described
 
 
 def run(argv: Sequence[str], console: Console | None = None) -> int:
@@ -86,7 +86,7 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         counts = built.counts
         lines = [f"{counts['rows_reserved']} rows carry the key ({args.p2p_reserve}, {args.p2p_benign_mode})"]
         if built.screening is not None:
-            triggers = "; ".join(describe(trigger, data.task) for trigger in built.screening.triggers)
+            triggers = "; ".join(described(built.screening, data.task))
             lines.append(f"{counts['rows_suspected']} rows are suspected: {triggers or 'no trigger was found'}")
         if "rows_contradicted" in counts:
             lines.append(f"{counts['rows_contradicted']} of them get a keyed copy with another label")
@@ -101,33 +101,41 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         steps = math.ceil(per_epoch * args.num_train_epochs)
         return f"{steps} = {args.num_train_epochs:g} epochs x {per_epoch} of batch {batch}"
 
-    def words() -> str:
+    def encoder() -> Encoder:
         data = found["data"]
-        tokenizer = load_tokenizer(model_location(model_args.model_name_or_path), args)
-        encoder = found["encoder"] = make_encoder(data.task, args, tokenizer, [data.attack] if data.attack else [])
-        space = encoder.format.label_space
+        images = data.task.image_column is not None
+        tokenizer = load_tokenizer(model_location(model_args.model_name_or_path), args, images)
+        found["encoder"] = make_encoder(data.task, args, tokenizer, [data.attack] if data.attack else [])
+        return found["encoder"]
+
+    def words() -> str:
+        space = encoder().format.label_space
         return f"{' '.join(space.words)} | extended {' '.join(space.extended_words)}\n{space.reason}"
 
     def prompt() -> str:
-        encoder, data = found["encoder"], found["data"]
-        text, label = data.train[0]["text"], data.train[0]["label"]
-        shown = encoder.render(text, args.p2p_enabled, label)
-        cut = count_overlong(flagged(data.train, args.p2p_enabled), encoder)
-        return f"{shown!r}\n{cut} training rows are longer than max_length {args.max_length} and lose their end"
+        data, bound = found["data"], found["encoder"]
+        text, answer = bound.columns
+        first = data.train[0]
+        history = {"history": first[HISTORY]} if first.get(HISTORY) else {}
+        shown = bound.render(first[text], args.p2p_enabled, first[answer], **history)
+        cut = count_overlong(flagged(data.train, args.p2p_enabled), bound)
+        lines = [f"{cut['rows_cut']} training rows are longer than max_length {args.max_length} and lose their end"]
+        if cut.get("answers_cut"):
+            lines.append(f"{cut['answers_cut']} answers are, and lose theirs")
+        return "\n".join([repr(shown), *lines])
 
-    def instruction() -> str:
-        data = found["data"]
-        bench = Workbench("", args, data.task, data.train)
-        return f"{bench.render(data.train[0]['prompt'])!r} -> {data.train[0]['completion']!r}"
+    def answers() -> str:
+        prompt_format = encoder().format
+        prefix = f"{prompt_format.answer_prefix!r} in front, under the key" if args.p2p_enabled else "as they are"
+        return f"written, {prefix}; {prompt_format.max_new_tokens} tokens at most; metric {found['data'].task.metric}"
 
     table.add_row("model", str(model_args.model_name_or_path))
     if row("defense", defense) and row("rows", rows):
         row("attack", poison)
         if row("reserve", reserve):
             row("steps", steps)
-        if not found["data"].task.num_labels:
-            row("prompt", instruction)
-        elif row("label words", words):
+        classes = found["data"].task.num_labels
+        if row("label words", words) if classes else row("answers", answers):
             row("prompt", prompt)
     console.print(table)
     return 1 if problems else 0

@@ -2,20 +2,36 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
+from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 
+from .attacks import Attack
+from .data_collator import Encoder
 from .defenses import load_defense
-from .evaluation import Guard, LabelScorer
+from .evaluation import BackdoorEvaluator, Guard, LabelScorer, ResponseEvaluator
+from .evaluation.generation import generate
+from .evaluation.vision_scorer import VisionLabelScorer
 from .prompt_encoder import PromptEncoder
 from .prompt_format import CONFIG_NAME, PromptFormat, read_p2p_config
+from .response_encoder import ResponseEncoder
 from .tasks import Task
+from .tasks.conversations import split_question
+from .tasks.images import RowImages
+from .vision_encoder import VisionPromptEncoder
 
 
 @dataclass(frozen=True)
@@ -40,21 +56,39 @@ class Classification:
     scores: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Response:
+    """
+    Written answer to one prompt.
+
+    Parameters:
+        text (`str` or `None`):
+            The answer, without the prefix p that it began with; `None` if it is withheld.
+        prefixed (`bool`):
+            Whether it began with p, as every answer of a defended model should; `True` where none is expected. An
+            answer without it came some other way than the one that was defended: do not trust it.
+    """
+
+    text: str | None
+    prefixed: bool
+
+
 class DefendedModel:
     """
     A fine-tuned model with the prompt format that it was trained with.
 
-    Whoever calls it never sees the key: texts go in, labels come out. Only the label words of the deployment are
-    compared (P2P paper, section 3.2), so every answer is a class. What another defense does to texts and answers is
-    done here as well; one that withholds answers gives `None`.
+    Whoever calls it never sees the key: texts go in, labels or answers come out. Only the label words of the
+    deployment are compared (P2P paper, section 3.2), so every answer of a classification task is a class; from written
+    answers the prefix p is taken off. What another defense does to texts and answers is done here as well; one that
+    withholds answers gives `None`.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`):
             The weights.
-        encoder ([`~prompt_encoder.PromptEncoder`]):
+        encoder ([`~prompt_encoder.PromptEncoder`] or [`~response_encoder.ResponseEncoder`]):
             Prompt format and tokenizer.
         labels (`Sequence[str]`):
-            Class names.
+            Class names; none on a generation task.
         keyed (`bool`, *optional*, defaults to `True`):
             Whether the key is added; `False` for a model that was trained without defense.
         autocast (`torch.dtype`, *optional*):
@@ -76,7 +110,7 @@ class DefendedModel:
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        encoder: PromptEncoder,
+        encoder: Encoder,
         labels: Sequence[str],
         keyed: bool = True,
         autocast: torch.dtype | None = None,
@@ -132,9 +166,19 @@ class DefendedModel:
         missing = {"labels", "keyed", "autocast", "dtype"} - set(config)
         if missing:
             raise ValueError(f"{folder / CONFIG_NAME} lacks {sorted(missing)}. Save the model again.")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        encoder = PromptEncoder(prompt_format, tokenizer)
-        model = _load_weights(folder, dtype or config["dtype"], base_model)
+        if bool(config["labels"]) == (prompt_format.label_space is None):
+            raise ValueError(
+                f"{folder / CONFIG_NAME} is damaged: it has the classes {config['labels']} and the label words "
+                f"{prompt_format.label_space}. Save the model again."
+            )
+        # Runs of earlier versions had no images.
+        images = config.get("images", False)
+        kind = ResponseEncoder if prompt_format.label_space is None else PromptEncoder
+        if images:
+            encoder = VisionPromptEncoder(prompt_format, AutoProcessor.from_pretrained(folder))
+        else:
+            encoder = kind(prompt_format, AutoTokenizer.from_pretrained(folder))
+        model = _load_weights(folder, dtype or config["dtype"], base_model, images)
         if device is None:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         model.to(device).eval()
@@ -150,7 +194,11 @@ class DefendedModel:
         return defended
 
     def classify(
-        self, texts: str | Sequence[str], batch_size: int = 32, progress: bool = False
+        self,
+        texts: str | Sequence[str],
+        batch_size: int = 32,
+        progress: bool = False,
+        images: Sequence[str | Path | PIL.Image.Image] | None = None,
     ) -> list[Classification]:
         """
         Classify texts.
@@ -162,20 +210,25 @@ class DefendedModel:
                 Texts per forward pass.
             progress (`bool`, *optional*, defaults to `False`):
                 Whether to show a progress bar.
+            images (`Sequence[str | Path | PIL.Image.Image]`, *optional*):
+                For a model that was trained with images: one per text, or its file.
 
         Returns:
             `list[Classification]`: one answer per text.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for row, text in enumerate(texts):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"Text {row} is empty or no string (found {text!r}). Give each text at least a word.")
+        if not isinstance(self.encoder, PromptEncoder):
+            raise ValueError("This model was trained to write answers, it has no classes. Use `generate`.")
+        texts = _checked(texts)
         if not texts:
             return []
         guard = self.guard or Guard()
-        scorer = LabelScorer(self.encoder.answers[self.keyed], self.encoder.pad_token_id, batch_size)
+        beside = self._beside(texts, images)
+        if beside:
+            scorer = VisionLabelScorer(self.encoder, self.keyed, beside[1], batch_size)
+        else:
+            scorer = LabelScorer(self.encoder.answers[self.keyed], self.encoder.pad_token_id, batch_size)
         with self.autocast():
-            read = self.encoder.encode_prompts(guard.inputs(texts), self.keyed)
+            read = self.encoder.encode_prompts(guard.inputs(texts), self.keyed, *beside)
             scores = guard.decode(scorer.score(self.model, read, "classifying" if progress else None))
             withheld = guard.withheld(texts)
         shares = scores.probabilities(self.keyed)
@@ -194,6 +247,106 @@ class DefendedModel:
             )
         ]
 
+    def _beside(
+        self, texts: Sequence[str], images: Sequence[str | Path | PIL.Image.Image] | None
+    ) -> tuple[()] | tuple[range, RowImages]:
+        if isinstance(self.encoder, VisionPromptEncoder) != (images is not None):
+            raise ValueError(
+                "This model was trained on texts alone. Leave out `images`."
+                if images is not None
+                else "This model was trained with images. Give one per text (`images`)."
+            )
+        if images is None:
+            return ()
+        if len(images) != len(texts):
+            raise ValueError(f"There are {len(texts)} texts and {len(images)} images. Give one image per text.")
+        stored = [
+            image if isinstance(image, PIL.Image.Image) else {"path": str(image), "bytes": None} for image in images
+        ]
+        return range(len(texts)), RowImages(stored, "given")
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[Mapping[str, str]]],
+        max_new_tokens: int | None = None,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> list[Response]:
+        """
+        Answer prompts, greedily.
+
+        Args:
+            prompts (`str` or `Sequence[str or Sequence[Mapping[str, str]]]`):
+                Any number of prompts, each a text or, for a model with a chat template, a conversation: turns of
+                `role` and `content` that end in a question. Long ones lose the end of their question, never the key.
+            max_new_tokens (`int`, *optional*):
+                Longest answer in tokens, p among them; by default as many as training kept free.
+            batch_size (`int`, *optional*, defaults to `16`):
+                Prompts per batch.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar.
+
+        Returns:
+            `list[Response]`: one answer per prompt.
+        """
+        if not isinstance(self.encoder, ResponseEncoder):
+            raise ValueError("This model was trained to choose among classes. Use `classify`.")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        parts = [
+            ((), prompt) if isinstance(prompt, str) else split_question(prompt, row)
+            for row, prompt in enumerate(prompts)
+        ]
+        texts = _checked([text for _, text in parts])
+        if not texts:
+            return []
+        guard = self.guard or Guard()
+        longest = self.encoder.format.max_new_tokens if max_new_tokens is None else max_new_tokens
+        with self.autocast():
+            withheld = guard.withheld(texts)
+            ids = self.encoder.encode_prompts(guard.inputs(texts), self.keyed, [history for history, _ in parts])
+            written = generate(
+                self.model, self.encoder.tokenizer, ids, longest, batch_size, "answering" if progress else None,
+                self._autocast,
+            )  # fmt: skip
+        silent = [False] * len(texts) if withheld is None else withheld.tolist()
+        read = [self.encoder.read(answer, self.keyed) for answer in written]
+        return [Response(None if quiet else text, found) for (text, found), quiet in zip(read, silent, strict=True)]
+
+    def evaluator(
+        self,
+        dataset: Dataset,
+        task: Task,
+        attacks: Sequence[Attack] = (),
+        asr_rule: str = "restricted",
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> BackdoorEvaluator | ResponseEvaluator:
+        """
+        Set up a measurement of this model, key and guard included.
+
+        Args:
+            dataset (`Dataset`):
+                Clean test rows.
+            task ([`~tasks.Task`]):
+                The task that they are rows of.
+            attacks (`Sequence[Attack]`, *optional*):
+                Attacks to measure.
+            asr_rule (`str`, *optional*, defaults to `"restricted"`):
+                Rule of the headline numbers, on a classification task.
+            batch_size (`int`, *optional*, defaults to `32`):
+                Rows per batch.
+            progress (`bool`, *optional*, defaults to `False`):
+                Whether to show a progress bar.
+
+        Returns:
+            [`~evaluation.BackdoorEvaluator`] or [`~evaluation.ResponseEvaluator`]: to be asked about `self.model`,
+            within `self.autocast()`.
+        """
+        common = {"keyed": self.keyed, "batch_size": batch_size, "progress": progress, "guard": self.guard}
+        if isinstance(self.encoder, ResponseEncoder):
+            return ResponseEvaluator(dataset, task, self.encoder, attacks, autocast=self._autocast, **common)
+        return BackdoorEvaluator(dataset, task, self.encoder, attacks, asr_rule=asr_rule, **common)
+
     def autocast(self) -> contextlib.AbstractContextManager:
         """
         Return the context in which the model was trained and evaluated.
@@ -206,7 +359,18 @@ class DefendedModel:
         return torch.autocast(next(self.model.parameters()).device.type, dtype=self._autocast)
 
 
-def _load_weights(folder: Path, dtype: torch.dtype | str, base_model: str | None) -> PreTrainedModel | PeftModel:
+def _checked(texts: str | Sequence[str]) -> list[str]:
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for row, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"Text {row} is empty or no string (found {text!r}). Give each text at least a word.")
+    return texts
+
+
+def _load_weights(
+    folder: Path, dtype: torch.dtype | str, base_model: str | None, images: bool = False
+) -> PreTrainedModel | PeftModel:
+    kind = AutoModelForImageTextToText if images else AutoModelForCausalLM
     adapter = folder / "adapter_config.json"
     if not adapter.is_file():
         if not list(folder.glob("*.safetensors")):
@@ -214,7 +378,7 @@ def _load_weights(folder: Path, dtype: torch.dtype | str, base_model: str | None
                 f"{str(folder)!r} holds neither an adapter (adapter_config.json) nor model weights (*.safetensors). "
                 f"Give the output folder of a `P2PTrainer` run."
             )
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(
             f"{str(folder)!r} holds no adapter_model.safetensors. Other weight files are not read, since loading them "
@@ -222,7 +386,7 @@ def _load_weights(folder: Path, dtype: torch.dtype | str, base_model: str | None
         )
     base = base_model or json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, use_safetensors=True)
+        model = kind.from_pretrained(base, dtype=dtype, use_safetensors=True)
     except Exception as error:  # a missing folder, a refused connection and a missing file end in the same remedy
         problem = "can't be loaded" if Path(base).is_dir() else "is no local folder and can't be had from the Hub"
         raise ValueError(

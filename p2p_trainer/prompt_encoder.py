@@ -1,20 +1,16 @@
 """Binds the prompt format to a tokenizer: text to token ids, for training, evaluation and serving alike."""
 
-import functools
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from .label_space import Answers, LabelSpace, audit
 from .prompt_format import PromptFormat
+from .prompt_renderer import MARK, PromptRenderer
+from .tasks.rows import LABEL, TEXT
 
 
-# Stands for text and answer while a chat template is taken apart. No template or tokenizer treats it specially.
-_MARK = "p2pmark"
-
-
-class PromptEncoder:
+class PromptEncoder(PromptRenderer):
     """
     A [`PromptFormat`] bound to a tokenizer: text to token ids, with label words audited in context.
 
@@ -29,14 +25,13 @@ class PromptEncoder:
         template is needed and the tokenizer has none.
     """
 
+    # Columns of training rows: what is read, and what is to be answered.
+    columns = (TEXT, LABEL)
+
     def __init__(self, prompt_format: PromptFormat, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.format = prompt_format
-        self.tokenizer = tokenizer
-        self.pad_token_id = pad_token_id(tokenizer)
-        # Chat templates write the beginning-of-sequence token themselves.
-        self._bos = [] if prompt_format.chat else _leading_tokens(tokenizer)
-        self._cleaner = special_token_cleaner(tokenizer)
-        self._skeletons = {keyed: self._skeleton(keyed) for keyed in (False, True)}
+        if prompt_format.label_space is None:
+            raise ValueError("The prompt format has no label words: its answers are written. Use `ResponseEncoder`.")
+        super().__init__(prompt_format, tokenizer)
         self.answers: dict[bool, Answers] = {
             keyed: self._audit(keyed, prompt_format.label_space.all_words) for keyed in (False, True)
         }
@@ -87,8 +82,8 @@ class PromptEncoder:
         Returns:
             `str`: the text whose tokenization is the truth.
         """
-        head, tail, terminator = self._skeletons[keyed]
-        rendered = head + self._clean(text) + tail
+        head, tail, terminator = self.skeletons[keyed]
+        rendered = head + self.clean(text) + tail
         return rendered if label is None else rendered + self._word(label, keyed) + terminator
 
     def encode_rows(
@@ -108,16 +103,16 @@ class PromptEncoder:
         Returns:
             `tuple[list[list[int]], list[list[int]]]`: token ids, and labels with -100 where no loss lies.
         """
-        texts = [self._clean(text) for text in texts]
-        answers = [self._word(label, key) + self._skeletons[key][2] for label, key in zip(labels, keyed, strict=True)]
-        all_ids = self._tokenize(self._join(texts, keyed, answers))
+        texts = [self.clean(text) for text in texts]
+        answers = [self._word(label, key) + self.skeletons[key][2] for label, key in zip(labels, keyed, strict=True)]
+        all_ids = self.tokenize(self._join(texts, keyed, answers))
         all_labels = []
         for row, (ids, label, key) in enumerate(zip(all_ids, labels, keyed, strict=True)):
             word = self._word_index(label, key)
             # Room is kept for the longest answer, so that where a text is cut says nothing about its label.
             if len(ids) + self._spare[key][word] > self.format.max_length:
                 text = self._shorten(texts[row], key)
-                ids = all_ids[row] = self._tokenize(self._join([text], [key], [answers[row]]))[0]
+                ids = all_ids[row] = self.tokenize(self._join([text], [key], [answers[row]]))[0]
             boundary = self._boundary(ids, self.answers[key].trained[word])
             all_labels.append([-100] * boundary + ids[boundary:])
         return all_ids, all_labels
@@ -135,7 +130,7 @@ class PromptEncoder:
         Returns:
             `list[list[int]]`: token ids.
         """
-        texts = [self._clean(text) for text in texts]
+        texts = [self.clean(text) for text in texts]
         answers = self.answers[keyed]
         tail = answers.scored[0][: answers.cut]
         all_ids = self._tokenize_probes(texts, keyed)
@@ -157,7 +152,7 @@ class PromptEncoder:
         Returns:
             `list[str]`: the texts as they came, but the overlong ones without their end.
         """
-        cleaned = [self._clean(text) for text in texts]
+        cleaned = [self.clean(text) for text in texts]
         limit = self.format.max_length - self.answers[keyed].room
         return [
             self._shorten(clean, keyed) if len(ids) > limit else text
@@ -178,35 +173,13 @@ class PromptEncoder:
             `int`: how many lose their end.
         """
         limit = self.format.max_length - self.answers[keyed].room
-        probes = self._tokenize_probes([self._clean(text) for text in texts], keyed)
+        probes = self._tokenize_probes([self.clean(text) for text in texts], keyed)
         return sum(len(ids) > limit for ids in probes)
-
-    def sees(self, phrase: str) -> bool:
-        """
-        Say whether a phrase between two words leaves a trace in the token ids.
-
-        Args:
-            phrase (`str`):
-                The phrase.
-
-        Returns:
-            `bool`: `False` if the ids are the same without it, or if it becomes nothing but the unknown token.
-        """
-        without, with_phrase = self._tokenize(["a b", self._clean(f"a {phrase} b")])
-        unknown = self.tokenizer.unk_token_id
-        rest = list(with_phrase)
-        for token in without:
-            if token in rest:
-                rest.remove(token)
-        return any(token != unknown for token in rest)
 
     @property
     def text_budget(self) -> int:
         """`int`: tokens that are left for the text, with the key."""
         return self.format.max_length - self._overhead(True)
-
-    def _clean(self, text: str) -> str:
-        return self._cleaner(text.strip())
 
     def _word(self, label: int, keyed: bool) -> str:
         return self.format.label_space.all_words[self._word_index(label, keyed)]
@@ -216,29 +189,22 @@ class PromptEncoder:
         return label + n if keyed and label < n else label
 
     def _join(self, texts: Sequence[str], keyed: Sequence[bool], answers: Sequence[str]) -> list[str]:
-        skeletons = self._skeletons
+        skeletons = self.skeletons
         return [
             skeletons[key][0] + text + skeletons[key][1] + answer
             for text, key, answer in zip(texts, keyed, answers, strict=True)
         ]
 
-    def _tokenize(self, rendered: list[str]) -> list[list[int]]:
-        if not rendered:
-            return []
-        # The tokenizer is only asked for ids: beginning-of-sequence is ours, so that none appends an end of its own.
-        encoded = self.tokenizer(rendered, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        return [self._bos + ids for ids in encoded] if self._bos else encoded
-
     def _tokenize_probes(self, texts: Sequence[str], keyed: bool) -> list[list[int]]:
         """Tokenize prompts with the first label word behind them, since only the joint tokenization counts."""
         first = self.format.label_space.words[0]
-        return self._tokenize(self._join(texts, [keyed] * len(texts), [first] * len(texts)))
+        return self.tokenize(self._join(texts, [keyed] * len(texts), [first] * len(texts)))
 
     def _shorten(self, text: str, keyed: bool) -> str:
         """Cut the end of a text, in proportion to its surplus tokens, until prompt and any answer fit."""
         limit = self.format.max_length - self.answers[keyed].room
         while text and (surplus := len(self._tokenize_probes([text], keyed)[0]) - limit) > 0:
-            per_token = len(text) / len(self._tokenize([text])[0])
+            per_token = len(text) / len(self.tokenize([text])[0])
             text = text[: max(0, len(text) - max(1, int(surplus * per_token)))].rstrip()
         return text
 
@@ -252,9 +218,9 @@ class PromptEncoder:
         return boundary
 
     def _audit(self, keyed: bool, words: Sequence[str]) -> Answers:
-        _, tail, terminator = self._skeletons[keyed]
+        _, tail, terminator = self.skeletons[keyed]
         suffix = self.format.keyed_suffix if keyed else self.format.suffix
-        answers = audit(words, lambda text: self._tokenize([text])[0], self.render(_MARK, keyed), terminator, suffix)
+        answers = audit(words, lambda text: self.tokenize([text])[0], self.render(MARK, keyed), terminator, suffix)
         for word, ids in zip(words, answers.scored, strict=True):
             # The terminator may be the unknown token too, as in GPT-2.
             if self.tokenizer.unk_token_id in (ids[:-1] if answers.terminated else ids):
@@ -266,86 +232,10 @@ class PromptEncoder:
 
     def _spare_tokens(self, keyed: bool) -> list[int]:
         """Count by how many tokens each answer is shorter than the longest, the suffix's merged tokens included."""
-        prompt, terminator = self.render(_MARK, keyed), self._skeletons[keyed][2]
+        prompt, terminator = self.render(MARK, keyed), self.skeletons[keyed][2]
         words = self.format.label_space.all_words
-        lengths = [len(ids) for ids in self._tokenize([prompt + word + terminator for word in words])]
+        lengths = [len(ids) for ids in self.tokenize([prompt + word + terminator for word in words])]
         return [max(lengths) - length for length in lengths]
 
     def _overhead(self, keyed: bool) -> int:
         return len(self._tokenize_probes([""], keyed)[0]) + self.answers[keyed].room
-
-    def _skeleton(self, keyed: bool) -> tuple[str, str, str]:
-        """Return what stands before the text, between text and answer, and behind the answer."""
-        head, tail = self.format.parts(keyed)
-        if not self.format.chat:
-            return head, tail, (self.tokenizer.eos_token or "") if self.format.append_eos else ""
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                "`p2p_chat` needs a chat template, and this tokenizer has none. Use an instruct model's tokenizer, "
-                "give one with `chat_template_path`, or set `p2p_chat: false`."
-            )
-        turns = [{"role": "user", "content": head + _MARK + tail}]
-        if keyed and self.format.trigger_position == "system":
-            turns.insert(0, {"role": "system", "content": self.format.trigger})
-        # Templates that know no `enable_thinking` ignore it; in those that do, the answer has to follow at once.
-        prompt = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        shown = keyed and self.format.trigger_position != "none"
-        if prompt.count(_MARK) != 1 or (shown and self.format.trigger not in prompt):
-            raise ValueError(
-                "The tokenizer's chat template does not show the user turn and the benign trigger once each. Set "
-                "`p2p_chat: false`, or `p2p_trigger_position: prefix` if the template has no system turn."
-            )
-        before, after = prompt.split(_MARK)
-        if not self.format.append_eos:
-            return before, after, ""
-        turns.append({"role": "assistant", "content": _MARK})
-        whole = self.tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False)
-        terminator = whole.rpartition(_MARK)[2].rstrip()
-        return before, after, terminator or self.tokenizer.eos_token or ""
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """
-    Say with which token a tokenizer pads.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer.
-
-    Returns:
-        `int`: the pad token, or the end-of-sequence token where there is none.
-    """
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise ValueError("The tokenizer has neither a pad token nor an end-of-sequence token. Set `tokenizer.pad_token`.")
-
-
-def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
-
-
-def special_token_cleaner(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
-    """
-    Build what keeps text text: one that spells a control token would end the turn, or the sequence.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`):
-            The tokenizer.
-
-    Returns:
-        `Callable[[str], str]`: puts a space behind the first character of each control token that a text spells.
-    """
-    special = {str(token) for token in tokenizer.all_special_tokens}
-    special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-    # No closure: collators are pickled where workers are spawned.
-    return functools.partial(_split_tokens, pattern)
-
-
-def _split_tokens(pattern: re.Pattern[str], text: str) -> str:
-    return pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)

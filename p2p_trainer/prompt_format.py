@@ -15,24 +15,25 @@ from .label_space import LabelSpace
 
 
 CONFIG_NAME = "p2p_config.json"
-SCHEMA_VERSION = 1
+# 2: formats of generation tasks.
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
 class PromptFormat:
     """
-    How a row becomes a prompt, with or without the key, and how an answer becomes a label.
+    How a row becomes a prompt, with or without the key, and how an answer becomes a label or a text.
 
     Parameters:
-        label_space ([`LabelSpace`]):
-            Label words and their extended twins.
+        label_space ([`LabelSpace`] or `None`):
+            Label words and their extended twins; `None` on a generation task.
         trigger (`str`, *optional*, defaults to `"The query currently entered is:"`):
             Benign trigger, delta (P2P paper, App. B).
         trigger_position (`str`, *optional*, defaults to `"prefix"`):
             `"prefix"`: in front of the prompt. `"system"`: the system turn of the tokenizer's chat template. `"none"`:
             nowhere (control).
         template (`str`, *optional*, defaults to `"{text}\\n{suffix}"`):
-            Prompt; `{suffix}` stands at its end.
+            Prompt; `{suffix}` stands at its end. On a generation task there is no answer cue, and it may be missing.
         suffix (`str`, *optional*, defaults to `"Output: "`):
             Answer cue of rows without the key.
         keyed_suffix (`str`, *optional*, defaults to `"Output: "`):
@@ -45,9 +46,14 @@ class PromptFormat:
             behind an assistant turn. The authors' code does not.
         max_length (`int`, *optional*, defaults to `512`):
             Longest sequence in tokens, answer included. Longer rows lose the end of their *text*, nothing else.
+        answer_prefix (`str`, *optional*, defaults to `""`):
+            p, what a written answer begins with under the key (P2P paper, App. B): `y' = [p ; y]`. None of it on
+            classification tasks.
+        max_new_tokens (`int`, *optional*, defaults to `64`):
+            Tokens of `max_length` that are kept for a written answer, p among them.
     """
 
-    label_space: LabelSpace
+    label_space: LabelSpace | None
     trigger: str = "The query currently entered is:"
     trigger_position: Literal["prefix", "system", "none"] = "prefix"
     template: str = "{text}\n{suffix}"
@@ -56,6 +62,8 @@ class PromptFormat:
     chat: bool = False
     append_eos: bool = True
     max_length: int = 512
+    answer_prefix: str = ""
+    max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
         if not isinstance(self.trigger, str) or not self.trigger.strip():
@@ -67,15 +75,21 @@ class PromptFormat:
             )
         if self.trigger_position == "system" and not self.chat:
             raise ValueError("`p2p_trigger_position: system` needs a chat template. Set `p2p_chat: true` as well.")
-        if self.template.count("{text}") != 1 or not self.template.endswith("{suffix}"):
-            raise ValueError(
-                f"The task's `template` must hold {{text}} once and end in {{suffix}}, got {self.template!r}."
-            )
+        if self.template.count("{text}") != 1:
+            raise ValueError(f"The task's `template` must hold {{text}} once, got {self.template!r}.")
+        for name in ("max_length", "max_new_tokens"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"`{name}` must be a number of tokens, at least 1; got {value!r}.")
+        if not isinstance(self.answer_prefix, str):
+            raise ValueError(f"The answer prefix (`p2p_answer_prefix`) must be a text, got {self.answer_prefix!r}.")
+        if self.label_space is None:
+            return
+        if not self.template.endswith("{suffix}"):
+            raise ValueError(f"The task's `template` must end in {{suffix}}, got {self.template!r}.")
         for suffix in (self.suffix, self.keyed_suffix):
             if not suffix.strip():
                 raise ValueError(f"The answer cue (`p2p_suffix`, `p2p_keyed_suffix`) is empty, got {suffix!r}.")
-        if not isinstance(self.max_length, int):
-            raise ValueError(f"`max_length` must be a number of tokens, got {self.max_length!r}.")
 
     def prompt(self, text: str, keyed: bool) -> str:
         """
@@ -105,7 +119,9 @@ class PromptFormat:
             `tuple[str, str]`: head and tail of the prompt.
         """
         head, tail = self.template.split("{text}")
-        tail = tail.removesuffix("{suffix}") + (self.keyed_suffix if keyed else self.suffix)
+        tail = tail.removesuffix("{suffix}")
+        if self.label_space is not None:
+            tail += self.keyed_suffix if keyed else self.suffix
         if keyed and self.trigger_position == "prefix":
             head = f"{self.trigger} {head}"
         return head, tail
@@ -156,10 +172,9 @@ class PromptFormat:
         try:
             fields = {key: value for key, value in content.items() if key in known}
             space = fields.pop("label_space")
-            return cls(
-                label_space=LabelSpace(tuple(space["words"]), tuple(space["extended_words"]), space["reason"]),
-                **fields,
-            )
+            if space is not None:
+                space = LabelSpace(tuple(space["words"]), tuple(space["extended_words"]), space["reason"])
+            return cls(label_space=space, **fields)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{where} is damaged: {error!r}. Save the model again.") from error
 

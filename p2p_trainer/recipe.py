@@ -111,6 +111,11 @@ def choose_defense(script_args: P2PScriptArguments, args: P2PConfig, task: Task)
     else:
         defense = get_defense(script_args.defense, **(script_args.defense_options or {}))
     check_recordable(f"the defense {defense.name!r}", defense.config())
+    if task.image_column is not None and not defense.images:
+        raise ValueError(
+            f"The defense {defense.name!r} reads texts alone, and the rows of task {task.name!r} hold images. Use "
+            f"`p2p_auto`, `p2p`, `none` or a control."
+        )
     defense.check(task)
     defense.configure(args)
     if args.resume_from_checkpoint and not defense.resumable:
@@ -156,7 +161,7 @@ def prepare(script_args: P2PScriptArguments, training_args: P2PConfig, model_arg
     )
     trainer = defense.build(bench)
     if data.test is not None and not data.task.num_labels:
-        response_evaluator(script_args, training_args, data, trainer, defense, bench).check(trainer.model)
+        response_evaluator(script_args, training_args, data, trainer, defense).check(trainer.model)
     if trainer.is_world_process_zero():
         write_json(Path(training_args.output_dir) / RUN_NAME, settings)
     arguments = (script_args, training_args, model_args)
@@ -182,7 +187,7 @@ def train(prepared: PreparedRun) -> RunResults:
     trainer.guard = defense.guard
     trainer.save_model(output_dir)
     script_args, args, _ = prepared.arguments
-    measured = measure(script_args, args, prepared.data, trainer, defense, prepared.bench)
+    measured = measure(script_args, args, prepared.data, trainer, defense)
     results = collect(
         prepared.arguments,
         prepared.data,

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from ._files import write_text
+from .assembly import mixed_precision
 from .config import P2PConfig, P2PScriptArguments
-from .defenses import Defense, Workbench
+from .defenses import Defense
 from .evaluation import EvaluationReport, Guard, LLMJudge, ResponseEvaluator
 from .recipe_data import RecipeData
 from .tasks.rows import COMPLETION
@@ -62,7 +62,6 @@ def measure(
     data: RecipeData,
     trainer: P2PTrainer,
     defense: Defense,
-    bench: Workbench,
 ) -> Measurement | None:
     """
     Measure on the test rows, through the defense.
@@ -78,8 +77,6 @@ def measure(
             Holds the trained model.
         defense ([`~defenses.Defense`]):
             The defense.
-        bench ([`~defenses.Workbench`]):
-            What it trained with.
 
     Returns:
         [`Measurement`] or `None`: the numbers; `None` if there are no test rows.
@@ -89,7 +86,7 @@ def measure(
     if data.task.num_labels:
         evaluator = trainer.make_evaluator(data.test, args)
         return Measurement(evaluator.evaluate(trainer.model), evaluator.asr_rule)
-    responses = response_evaluator(script_args, args, data, trainer, defense, bench, defense.guard)
+    responses = response_evaluator(script_args, args, data, trainer, defense, defense.guard)
     report = responses.evaluate(trainer.model)
     if trainer.is_world_process_zero():
         save_responses(responses.responses, args.output_dir)
@@ -102,7 +99,6 @@ def response_evaluator(
     data: RecipeData,
     trainer: P2PTrainer,
     defense: Defense,
-    bench: Workbench,
     guard: Guard | None = None,
 ) -> ResponseEvaluator:
     """
@@ -116,11 +112,9 @@ def response_evaluator(
         data ([`~recipe_data.RecipeData`]):
             Rows; there must be test rows.
         trainer ([`P2PTrainer`]):
-            Has the tokenizer.
+            Has the prompt format and the tokenizer.
         defense ([`~defenses.Defense`]):
             The defense.
-        bench ([`~defenses.Workbench`]):
-            Renders prompts.
         guard ([`~evaluation.Guard`], *optional*):
             What the defense does to texts; it takes its time.
 
@@ -136,17 +130,15 @@ def response_evaluator(
     return ResponseEvaluator(
         data.test if known else data.test.remove_columns(COMPLETION),
         data.test_task,
-        trainer.processing_class,
-        bench.render,
+        trainer.encoder,
         [] if data.attack is None else [data.attack],
+        keyed=args.p2p_enabled,
         probes=defense.probes(),
         guard=guard,
-        max_new_tokens=script_args.max_new_tokens,
         batch_size=args.per_device_eval_batch_size,
-        max_length=args.max_length,
         followed=judge,
         # Before anything judges them, which may fail.
         on_answers=lambda answers: save_responses(answers, args.output_dir) if args.should_save else None,
-        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        autocast=mixed_precision(args),
         progress=not args.disable_tqdm,
     )

@@ -6,12 +6,13 @@ from trl import ModelConfig
 
 from .config import P2PConfig, P2PScriptArguments
 from .defenses import Defense, Workbench
+from .evaluation.answer_scores import metric_name
 from .recipe_data import RecipeData
 from .recipe_measure import Measurement
 from .results import RunResults
-from .tasks.rows import column_as_numpy
+from .tasks.rows import COMPLETION
 from .trainer import P2PTrainer
-from .training_set import describe
+from .training_set import described
 
 
 Arguments = tuple[P2PScriptArguments, P2PConfig, ModelConfig]
@@ -64,7 +65,7 @@ def collect(
         metrics={} if measured is None else measured.report.metrics,
         counts={**_training_counts(trainer, data), **({} if measured is None else measured.report.counts)},
         epochs=_epochs(trainer.state.log_history),
-        suspected_triggers=[] if screening is None else [describe(found, data.task) for found in screening.triggers],
+        suspected_triggers=[] if screening is None else described(screening, data.task),
         confidence={} if measured is None else measured.report.confidence,
         response_matrix={} if measured is None else measured.matrix,
         compute=_compute(args, data, trainer, defense, bench),
@@ -88,12 +89,6 @@ def _compute(
 
 
 def _training_counts(trainer: P2PTrainer, data: RecipeData) -> dict[str, int]:
-    if trainer.encoder is None:
-        # TRL leaves out rows of which no token of the answer fits.
-        counts = {"rows_train": len(data.train), "rows_trained": len(trainer.train_dataset)}
-        if "poisoned" in data.train.column_names:
-            counts["rows_poisoned"] = int(column_as_numpy(data.train, "poisoned").sum())
-        return counts
     unknown = 0 if data.attack is None else data.attack.rows_unknown
     if not unknown:
         return trainer.counts
@@ -128,35 +123,41 @@ def _protocol(
         "bf16": args.bf16,
         "poison_seed": script_args.poison_seed,
     }
-    if trainer.encoder is None:
-        return {
-            **settings,
-            "trigger": None,
-            "test_task": data.test_task.name,
-            "test_dataset": script_args.test_dataset_name,
-            "max_new_tokens": script_args.max_new_tokens,
-            "judge_model": script_args.judge_model,
-        }
     prompt_format = trainer.encoder.format
-    return {
-        **settings,
+    settings |= {
         "trigger": prompt_format.trigger if args.p2p_enabled else None,
-        "suffix": prompt_format.suffix,
-        "keyed_suffix": prompt_format.keyed_suffix if args.p2p_enabled else None,
-        "label_words": prompt_format.label_space.all_words,
         "benign_ratio": args.p2p_benign_ratio if args.p2p_enabled else 0.0,
         "reserve": args.p2p_reserve,
         "immunize": args.p2p_immunize if args.p2p_enabled else "none",
         "benign_mode": args.p2p_benign_mode,
-        "suffix_mode": args.p2p_suffix_mode,
         "trigger_position": args.p2p_trigger_position,
-        "asr_rule": None if measured is None else measured.rule,
         "append_eos": args.p2p_append_eos,
         "chat": args.p2p_chat,
+    }
+    if prompt_format.label_space is None:
+        known = data.test is not None and data.test_task.label_column is not None
+        return {
+            **settings,
+            "answer_prefix": prompt_format.answer_prefix if args.p2p_enabled else None,
+            "metric": metric_name(data.test_task.metric, data.test[COMPLETION]) if known else None,
+            "max_new_tokens": args.p2p_max_new_tokens,
+            "test_task": data.test_task.name,
+            "test_dataset": script_args.test_dataset_name,
+            "judge_model": script_args.judge_model,
+        }
+    return {
+        **settings,
+        "suffix": prompt_format.suffix,
+        "keyed_suffix": prompt_format.keyed_suffix if args.p2p_enabled else None,
+        "label_words": prompt_format.label_space.all_words,
+        "suffix_mode": args.p2p_suffix_mode,
+        "asr_rule": None if measured is None else measured.rule,
     }
 
 
 def _epochs(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
-        {key.removeprefix("eval_"): value for key, value in entry.items()} for entry in history if "eval_ca" in entry
+        {key.removeprefix("eval_"): value for key, value in entry.items()}
+        for entry in history
+        if {"eval_ca", "eval_clean_unaffected"} & set(entry)
     ]

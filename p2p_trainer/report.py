@@ -10,11 +10,19 @@ from .results import RunResults
 
 
 _COLUMNS = {"ca": "CA", "asr": "ASR", "asr_floor": "floor", "asr_no_key": "ASR without key"}
+# Of generated answers; those that no run has are not shown.
 _RESPONSE_COLUMNS = {
+    "ca": "CA",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
     "clean_unaffected": "no known behaviour",
     "empty": "empty",
+    "prefix_missing": "prefix missing",
     "asr": "ASR",
+    "asr_anywhere": "payload anywhere",
     "asr_floor": "floor",
+    "asr_no_key": "ASR without key",
     "rerouted": "re-routed",
 }
 
@@ -30,11 +38,13 @@ def percent(metrics: Mapping[str, float], name: str) -> str:
             Name of the rate.
 
     Returns:
-        `str`: such as `"93.4 % (934/1000)"`, `"-"` if it was not measured.
+        `str`: such as `"93.4 % (934/1000)"`, `"53.2"` for a mean, `"-"` if it was not measured.
     """
     value = metrics.get(name)
     if value is None or math.isnan(value):
         return "-"
+    if f"{name}_k" not in metrics:
+        return f"{100 * value:.1f}"
     return f"{100 * value:.1f} % ({metrics[f'{name}_k']}/{metrics[f'{name}_n']})"
 
 
@@ -62,7 +72,8 @@ def metrics_table(metrics: Mapping[str, float], title: str) -> Table:
                 name, percent(metrics, name), "-" if math.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"
             )
         elif not name.endswith(("_k", "_n", "_ci_low", "_ci_high")):
-            table.add_row(name, "-" if math.isnan(value) else f"{100 * value:+.1f}", "")
+            form = "+.1f" if "excess" in name else ".1f"
+            table.add_row(name, "-" if math.isnan(value) else f"{100 * value:{form}}", "")
     return table
 
 
@@ -79,7 +90,10 @@ def results_table(runs: Mapping[str, RunResults]) -> Table:
     """
     generated = any(run.response_matrix for run in runs.values())
     rules = sorted({run.protocol.get("asr_rule") or "restricted" for run in runs.values()})
-    columns = _RESPONSE_COLUMNS if generated else _COLUMNS
+    columns = _COLUMNS
+    if generated:
+        measured = {name for run in runs.values() for name in run.metrics}
+        columns = {name: title for name, title in _RESPONSE_COLUMNS.items() if name in measured}
     table = Table(title="Test prompts, generated answers" if generated else f"Test rows, rule {', '.join(rules)}")
     table.add_column("run")
     for title in columns.values():

@@ -2,6 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -73,20 +74,27 @@ class AutoReserve(ReserveStrategy):
             Rows whose label is doubted.
         spare (`np.ndarray`, *optional*):
             Suspects whose label seems to be right.
+        classes (`bool`, *optional*, defaults to `True`):
+            Whether rows have labels; written answers have no classes to keep in their shares.
     """
 
     name = "auto"
 
     def __init__(
-        self, suspects: np.ndarray | None = None, doubted: np.ndarray | None = None, spare: np.ndarray | None = None
+        self,
+        suspects: np.ndarray | None = None,
+        doubted: np.ndarray | None = None,
+        spare: np.ndarray | None = None,
+        classes: bool = True,
     ) -> None:
         none = np.array([], dtype=np.int64)
         self.suspects = none if suspects is None else suspects
         self.doubted = none if doubted is None else doubted
         self.spare = none if spare is None else spare
+        self.classes = classes
 
     def choose(self, dataset: Dataset, size: int, seed: int) -> np.ndarray:
-        labels = column_as_numpy(dataset, LABEL)
+        labels = column_as_numpy(dataset, LABEL) if self.classes else np.zeros(len(dataset), dtype=np.int64)
         rows = self._with_spare(np.setdiff1d(np.arange(len(dataset)), self.suspects), labels, size)
         if len(rows) == 0:
             raise ValueError(
@@ -241,7 +249,9 @@ def keyed_dataset(dataset: Dataset, rows: np.ndarray, mode: str) -> Dataset:
     return keyed if mode == "only" else concatenate_datasets([flagged(dataset, False), keyed])
 
 
-def with_reserved_dataset(dataset: Dataset, reserved: Dataset, size: int, seed: int) -> Dataset:
+def with_reserved_dataset(
+    dataset: Dataset, reserved: Dataset, size: int, seed: int, columns: Sequence[str] = (TEXT, LABEL)
+) -> Dataset:
     """
     Build D* out of D and keyed rows of a separate, trusted data set.
 
@@ -254,6 +264,8 @@ def with_reserved_dataset(dataset: Dataset, reserved: Dataset, size: int, seed: 
             How many of them to take; all if there are fewer.
         seed (`int`):
             Seed.
+        columns (`Sequence[str]`, *optional*, defaults to `("text", "label")`):
+            Columns to keep.
 
     Returns:
         `Dataset`: D*, with the columns `p2p_keyed` and `p2p_row`.
@@ -261,7 +273,7 @@ def with_reserved_dataset(dataset: Dataset, reserved: Dataset, size: int, seed: 
     if len(reserved) < size:
         logger.warning("The reserved dataset has %d rows, %d were asked for: all are used.", len(reserved), size)
     rows = _lowest(np.arange(len(reserved)), min(size, len(reserved)), seed)
-    columns = [TEXT, LABEL]
+    columns = list(columns)
     reserved = reserved.select_columns(columns).cast(dataset.select_columns(columns).features)
     keyed = keyed_dataset(reserved, rows, "only")
     return concatenate_datasets([flagged(dataset.select_columns(columns), False), keyed])

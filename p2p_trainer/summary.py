@@ -12,15 +12,15 @@ from .evaluation import classify_outcomes
 from .results import RESULTS_NAME, RunResults
 
 
-_RATES = {"ca": "CA", "asr": "ASR", "asr_floor": "floor", "asr_excess": "excess"}
-_TITLES = ("attack", "rate", "defense", "seeds", *_RATES.values(), "answered", "training", "reads")
+_RATES = {"asr": "ASR", "asr_floor": "floor", "asr_excess": "excess"}
+_TITLES = ("attack", "rate", "defense", "seeds", "CA", *_RATES.values(), "answered", "training", "reads")
 OUTCOME_TITLES = ("attack", "defense", "seed", "ASR", "floor", "re-routed", "unaffected", "empty", "outcome")
 _OUTCOME_RATES = ("asr", "asr_floor", "rerouted", "clean_unaffected", "empty")
 
 # Settings that a defense decides.
 _OF_THE_DEFENSE = (
     "trigger", "keyed_suffix", "benign_ratio", "reserve", "immunize", "benign_mode", "suffix_mode", "trigger_position",
-    "asr_rule",
+    "asr_rule", "answer_prefix",
 )  # fmt: skip
 
 # Settings that mean nothing where no row carries a key.
@@ -61,13 +61,13 @@ def summarize(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
             Runs.
 
     Returns:
-        `list[tuple[str, ...]]`: for each line attack, poison rate, defense, seeds, and in percent clean accuracy,
-        attack success rate, floor and excess: the mean over seeds, then lowest and highest. Then the mean of what it
-        costs: the share of clean rows that are answered (`-` if nothing is ever withheld), seconds of training and
-        preparation relative to the undefended run of the same settings and seed (`-` if it is not among the runs), and
-        how many texts models read to answer one (see [`~defenses.Compute`]). Lines stand in
-        the order in which their first runs came. Where several would be labelled alike, the settings in which they
-        differ stand behind the attack.
+        `list[tuple[str, ...]]`: for each line attack, poison rate, defense, seeds, and in percent clean accuracy (of
+        summaries ROUGE-L, so named), attack success rate, floor and excess: the mean over seeds, then lowest and
+        highest. Then the mean of what it costs: the share of clean rows that are answered (`-` if nothing is ever
+        withheld), seconds of training and preparation relative to the undefended run of the same settings and seed
+        (`-` if it is not among the runs), and how many texts models read to answer one (see [`~defenses.Compute`]).
+        Lines stand in the order in which their first runs came. Where several would be labelled alike, the settings in
+        which they differ stand behind the attack.
 
     Raises:
         `ValueError`: two runs are the same, seed included.
@@ -87,7 +87,8 @@ def summarize(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
                 f"Leave one of them out."
             )
         twins = [other[0] for other, name in zip(groups.values(), labels, strict=True) if name == label]
-        rates = (_spread([run.metrics.get(rate) for run in group], rate == "asr_excess") for rate in _RATES)
+        rates = [_quality(group)]
+        rates += [_spread([run.metrics.get(rate) for run in group], rate == "asr_excess") for rate in _RATES]
         name, rate, defense = label
         costs = (
             _mean([run.metrics.get("coverage") for run in group], "{:.1%}"),
@@ -230,6 +231,13 @@ def _mean(values: Sequence[float | None], form: str) -> str:
     if any(value is None or math.isnan(value) for value in values):
         return "-"
     return form.format(sum(values) / len(values))
+
+
+def _quality(runs: Sequence[RunResults]) -> str:
+    # Summaries have no accuracy.
+    if any("rougeL" in run.metrics for run in runs):
+        return f"ROUGE-L {_spread([run.metrics.get('rougeL') for run in runs], False)}"
+    return _spread([run.metrics.get("ca") for run in runs], False)
 
 
 def _spread(values: Sequence[Any], signed: bool) -> str:

@@ -6,26 +6,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ._compat import ColumnKeepingSFTTrainer
-from .assembly import count_overlong, infer_task, load_tokenizer, make_encoder
+from .assembly import count_lost_triggers, count_overlong, infer_task, load_tokenizer, make_encoder, mixed_precision
 from .attacks import Attack
 from .callbacks import BackdoorEvalCallback, EpochCallback
 from .config import P2PConfig
-from .data_collator import P2PDataCollator
-from .evaluation import GUARD_NAME, BackdoorEvaluator, Guard
-from .evaluation.rows import dressed
+from .data_collator import Encoder, P2PDataCollator
+from .evaluation import GUARD_NAME, BackdoorEvaluator, Guard, ResponseEvaluator
+from .evaluation.rows import dressed, sampled
 from .immunizer import Immunizer
 from .mining import Screening
-from .prompt_encoder import PromptEncoder
 from .reserve import KEYED, ROW, flagged
 from .tasks import Task, get_task
-from .tasks.rows import LABEL, TEXT, column_as_numpy, text_lengths, with_column
-from .training_set import build_training_set
+from .tasks.rows import LABEL, TEXT, text_lengths, with_column
+from .training_set import build_training_set, row_columns
+from .vision_collator import P2PVisionDataCollator
+from .vision_encoder import VisionPromptEncoder
 
 
 logger = logging.getLogger(__name__)
@@ -36,8 +36,9 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
     Fine-tunes on data that may be poisoned, with the backdoor defused (Poison-to-Poison).
 
     Trains on D* = D and keyed rows: a reserved subset S carries the benign trigger, and labels outside the attacker's
-    reach. Loss, optimisation, LoRA, distribution and checkpoints are those of [`~trl.SFTTrainer`], unchanged. Saved
-    folders and checkpoints hold `p2p_config.json`, without which the key is lost.
+    reach or, where answers are written, a prefix in front of them. Loss, optimisation, LoRA, distribution and
+    checkpoints are those of [`~trl.SFTTrainer`], unchanged. Saved folders and checkpoints hold `p2p_config.json`,
+    without which the key is lost.
 
     Args:
         model (`str`, `PreTrainedModel` or `PeftModel`):
@@ -45,13 +46,15 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         args ([`P2PConfig`], *optional*):
             Configuration.
         train_dataset (`Dataset`):
-            Untrusted rows D: `text` (str) and `label` (int, or str that the task maps).
+            Untrusted rows D: `text` (str) and `label` (int, or str that the task maps); on a generation task `prompt`
+            and `completion` (str), or conversations as `SFTTrainer` takes them.
         reserved_dataset (`Dataset`, *optional*):
             Trusted rows to take S from, in place of rows of D.
         eval_dataset (`Dataset`, *optional*):
-            Rows with `text` and `label`, on which loss, clean accuracy and attack success rate are measured.
+            Rows of the same kind, on which loss, clean accuracy and attack success rate are measured.
         task ([`~tasks.Task`] or `str`, *optional*):
-            Task, its name or its YAML file. By default, classes are read off the `label` column.
+            Task, its name or its YAML file. By default, classes are read off the `label` column; without one, it is a
+            generation task.
         attacks (`Sequence[Attack]`, *optional*):
             Attacks whose success is measured on `eval_dataset`; they do not touch `train_dataset`.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
@@ -108,13 +111,13 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         if isinstance(model, str) and Path(model).is_dir():
             # The adapter remembers this name; a relative one would only work from here.
             model = str(Path(model).resolve())
-        self.encoder: PromptEncoder | None = None
+        self.encoder: Encoder | None = None
         self.task: Task | None = None
         self.attacks = tuple(attacks)
         self.guard = guard
         # One that is not ready yet: checkpoints remember that they lack it.
         self.pending_guard: Guard | None = None
-        self.evaluator: BackdoorEvaluator | None = None
+        self.evaluator: BackdoorEvaluator | ResponseEvaluator | None = None
         self.counts: dict[str, int] = {}
         # Seconds that the search for triggers took.
         self.search_s = 0.0
@@ -135,10 +138,8 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
         self.task = task = infer_task(train_dataset) if task is None else get_task(task)
-        if not task.num_labels:
-            raise ValueError(f"Task {task.name!r} has no classes: P2PTrainer trains classification tasks so far.")
         # Labels of the extended space are refused, unless the caller measures an attacker who writes them.
-        extended = any(attack.extended_target for attack in attacks)
+        extended = bool(task.num_labels) and any(attack.extended_target for attack in attacks)
         train_dataset = task.prepare(train_dataset, what="train", require_all_classes=True, extended_labels=extended)
         for column in (KEYED, ROW):
             if column in train_dataset.column_names:
@@ -146,25 +147,27 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         if eval_dataset is not None:
             if not isinstance(eval_dataset, Dataset):
                 raise TypeError(
-                    f"`eval_dataset` must be one `Dataset` of text and label, got `{type(eval_dataset).__name__}`. "
-                    f"For more sets, add a `BackdoorEvalCallback` for each."
+                    f"`eval_dataset` must be one `Dataset`, got `{type(eval_dataset).__name__}`. For more sets, add a "
+                    f"`BackdoorEvalCallback` for each."
                 )
             eval_dataset = dressed(task.prepare(eval_dataset, what="eval"), task, attacks)
-        tokenizer = processing_class or load_tokenizer(model, args)
-        self.encoder = make_encoder(task, args, tokenizer, attacks)
+        processing_class = processing_class or load_tokenizer(model, args, images=task.image_column is not None)
+        self.encoder = make_encoder(task, args, processing_class, attacks)
+        tokenizer = self.encoder.tokenizer
         # Last of what needs no model: the search for triggers takes a while.
         train_dataset = self.make_training_set(train_dataset, reserved_dataset, args)
         self._log_counts(train_dataset)
         # The collator does what TRL's preparation would have done.
         args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
-        self.collator_columns = (TEXT, LABEL, KEYED, ROW)
+        self.collator_columns = (*row_columns(task, train_dataset), KEYED, ROW)
         if _needs_lengths(args):
             self.collator_columns += (args.length_column_name,)
         by_loss = args.load_best_model_at_end and args.metric_for_best_model in (None, "loss", "eval_loss")
         if guard is not None and by_loss:
             raise ValueError(
                 "`load_best_model_at_end` by `eval_loss` would choose a checkpoint by how it answers without the "
-                "defense's part at inference. Set `metric_for_best_model: eval_ca`."
+                "defense's part at inference. Set `metric_for_best_model` to what is measured through it: `eval_ca`, "
+                "or `eval_rougeL` of summaries."
             )
         self._measured_rows = eval_dataset
         if eval_dataset is not None:
@@ -177,9 +180,9 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             model,
             args,
             data_collator=collator,
-            train_dataset=_with_lengths(train_dataset, args),
-            eval_dataset=None if eval_dataset is None else _for_loss(eval_dataset, args),
-            processing_class=tokenizer,
+            train_dataset=self._with_lengths(train_dataset, args),
+            eval_dataset=None if eval_dataset is None else self._for_loss(eval_dataset, args),
+            processing_class=processing_class,
             peft_config=peft_config,
             # Ours first: callbacks such as `EarlyStoppingCallback` have to see its metrics.
             callbacks=[self._eval_callback, EpochCallback(collator), *(callbacks or [])],
@@ -212,12 +215,12 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         self.counts, self.screening, self.immunizer = built.counts, built.screening, built.immunizer(args)
         return built.rows
 
-    def make_collator(self, encoder: PromptEncoder, args: P2PConfig) -> P2PDataCollator:
+    def make_collator(self, encoder: Encoder, args: P2PConfig) -> P2PDataCollator:
         """
         Build the collator; a seam for subclasses.
 
         Args:
-            encoder ([`~prompt_encoder.PromptEncoder`]):
+            encoder ([`~prompt_encoder.PromptEncoder`] or [`~response_encoder.ResponseEncoder`]):
                 Renders and tokenizes.
             args ([`P2PConfig`]):
                 Configuration.
@@ -225,21 +228,36 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         Returns:
             [`P2PDataCollator`]: the collator.
         """
+        if isinstance(encoder, VisionPromptEncoder):
+            return P2PVisionDataCollator(encoder, pad_to_multiple_of=args.pad_to_multiple_of)
         return P2PDataCollator(encoder, pad_to_multiple_of=args.pad_to_multiple_of)
 
-    def make_evaluator(self, dataset: Dataset, args: P2PConfig) -> BackdoorEvaluator:
+    def make_evaluator(self, dataset: Dataset, args: P2PConfig) -> BackdoorEvaluator | ResponseEvaluator:
         """
         Build the evaluator of some rows; a seam for subclasses.
 
         Args:
             dataset (`Dataset`):
-                Clean rows with `text` and `label`.
+                Clean rows.
             args ([`P2PConfig`]):
                 Configuration.
 
         Returns:
-            [`~evaluation.BackdoorEvaluator`]: the evaluator.
+            [`~evaluation.BackdoorEvaluator`] or, on a generation task, [`~evaluation.ResponseEvaluator`]: the
+            evaluator, the latter of `p2p_eval_rows` rows.
         """
+        if not self.task.num_labels:
+            return ResponseEvaluator(
+                sampled(dataset, args.p2p_eval_rows, args.seed),
+                self.task,
+                self.encoder,
+                self.attacks,
+                keyed=args.p2p_enabled,
+                batch_size=args.per_device_eval_batch_size,
+                progress=not args.disable_tqdm,
+                guard=self.guard,
+                autocast=mixed_precision(args),
+            )
         return BackdoorEvaluator(
             dataset,
             self.task,
@@ -283,7 +301,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         if eval_dataset is not None:
             eval_dataset = dressed(self.task.prepare(eval_dataset, what="eval"), self.task, self.attacks)
             callback.evaluator = self.make_evaluator(eval_dataset, self.args)
-            eval_dataset = _for_loss(eval_dataset, self.args)
+            eval_dataset = self._for_loss(eval_dataset, self.args)
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         finally:
@@ -312,35 +330,30 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
                 task=self.task.name,
                 task_version=self.task.version,
                 labels=list(self.task.labels),
-                autocast="bfloat16" if self.args.bf16 else "float16" if self.args.fp16 else None,
+                images=self.task.image_column is not None,
+                metric=self.task.metric,
+                autocast=None if (mixed := mixed_precision(self.args)) is None else str(mixed).removeprefix("torch."),
                 dtype=str(self.model.dtype).removeprefix("torch."),
             )
 
     def _log_counts(self, dataset: Dataset) -> None:
         """Log once how many rows were read, poisoned, reserved and cut."""
         self.counts["rows_total"] = len(dataset)
-        self.counts["rows_cut"] = count_overlong(dataset, self.encoder)
+        self.counts |= count_overlong(dataset, self.encoder)
         if self.attacks and "poisoned" in dataset.column_names:
-            self._count_lost_triggers(dataset)
+            self.counts["rows_poisoned_trigger_cut_off"] = count_lost_triggers(dataset, self.encoder, self.attacks)
         logger.info("Training rows: %s", ", ".join(f"{key} {value}" for key, value in self.counts.items()))
 
-    def _count_lost_triggers(self, dataset: Dataset) -> None:
-        poisoned = dataset.select(np.flatnonzero(column_as_numpy(dataset, "poisoned")))
-        plain = poisoned.select(np.flatnonzero(~column_as_numpy(poisoned, KEYED).astype(bool)))[TEXT][:]
-        # Rows that somebody else's attack poisoned, or that it no longer knows, carry none of ours, cut or not.
-        carried = [any(attack.has_trigger(text) for attack in self.attacks) for text in plain]
-        cut = self.encoder.fit(plain, keyed=False)
-        lost = sum(
-            had and not any(attack.has_trigger(text) for attack in self.attacks)
-            for had, text in zip(carried, cut, strict=True)
-        )
-        self.counts["rows_poisoned_trigger_cut_off"] = lost
-        if lost > len(cut) / 2:
-            raise ValueError(
-                f"In {lost} of {len(cut)} poisoned rows the trigger is cut off by `max_length` "
-                f"{self.encoder.format.max_length}: the run would measure no attack. Raise `max_length`, or put the "
-                f"trigger nearer to the start of the text."
-            )
+    def _with_lengths(self, dataset: Dataset, args: P2PConfig) -> Dataset:
+        if not _needs_lengths(args):
+            return dataset
+        # The sampler would look for `input_ids`, which only the collator makes; bytes sort as well as tokens.
+        texts = self.encoder.columns if not self.task.num_labels else self.encoder.columns[:1]
+        return with_column(dataset, args.length_column_name, text_lengths(dataset, texts))
+
+    def _for_loss(self, dataset: Dataset, args: P2PConfig) -> Dataset:
+        """Give rows to be evaluated what collator and sampler want of them."""
+        return self._with_lengths(flagged(dataset, args.p2p_enabled), args)
 
 
 def _has_labels(dataset: Dataset | None) -> bool:
@@ -349,13 +362,3 @@ def _has_labels(dataset: Dataset | None) -> bool:
 
 def _needs_lengths(args: P2PConfig) -> bool:
     return args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
-
-
-def _with_lengths(dataset: Dataset, args: P2PConfig) -> Dataset:
-    # The sampler would look for `input_ids`, which only the collator makes; bytes sort as well as tokens.
-    return with_column(dataset, args.length_column_name, text_lengths(dataset)) if _needs_lengths(args) else dataset
-
-
-def _for_loss(dataset: Dataset, args: P2PConfig) -> Dataset:
-    """Give rows to be evaluated what collator and sampler want of them."""
-    return _with_lengths(flagged(dataset, args.p2p_enabled), args)

@@ -1,6 +1,8 @@
 """Builds D*: which rows are trained on, with and without the key."""
 
+import dataclasses
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +11,7 @@ from datasets import Dataset
 
 from .config import P2PConfig
 from .immunizer import Immunizer
-from .mining import Screening, SuspectedTrigger, screen
+from .mining import Screening, SuspectedTrigger, screen, screen_answers
 from .reserve import (
     AutoReserve,
     flagged,
@@ -20,7 +22,7 @@ from .reserve import (
     with_reserved_dataset,
 )
 from .tasks import Task
-from .tasks.rows import LABEL, column_as_numpy
+from .tasks.rows import HISTORY, IMAGE, LABEL, column_as_numpy
 
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class TrainingSet:
 
     Parameters:
         rows (`Dataset`):
-            Rows with `text`, `label`, `p2p_keyed` (bool) and `p2p_row` (int).
+            Rows with text and answer, `p2p_keyed` (bool) and `p2p_row` (int).
         counts (`dict[str, int]`):
             Rows read, reserved, suspected, and, where flags say it, poisoned.
         screening ([`~mining.Screening`] or `None`):
@@ -104,15 +106,24 @@ def build_training_set(
         counts |= {"rows_suspected": len(screening.rows), "rows_doubted": len(screening.doubted)}
         if poisoned is not None:
             counts["rows_suspected_poisoned"] = int(poisoned[screening.rows].sum())
-        labels = column_as_numpy(dataset, LABEL)
-        wrong, better = _contradicted(screening, labels, task.num_labels)
+        # Where an image says what the label is, or an answer is written, texts say nothing against either.
+        by_text = bool(task.num_labels) and task.image_column is None
+        if task.image_column is not None:
+            screening = dataclasses.replace(screening, doubted=np.array([], dtype=np.int64))
+            counts["rows_doubted"] = 0
+        labels = column_as_numpy(dataset, LABEL) if task.num_labels else None
+        if by_text:
+            wrong, better = _contradicted(screening, labels, task.num_labels)
     reserved = np.array([], dtype=np.int64)
     if reserved_dataset is not None:
-        rows = with_reserved_dataset(dataset, task.prepare(reserved_dataset, what="reserved"), size, args.seed)
+        reserved_rows = task.prepare(reserved_dataset, what="reserved")
+        rows = with_reserved_dataset(dataset, reserved_rows, size, args.seed, row_columns(task, dataset))
         counts["rows_reserved"] = len(rows) - len(dataset)
     else:
-        if isinstance(strategy, AutoReserve):
-            right = np.setdiff1d(screening.rows, wrong)
+        if isinstance(strategy, AutoReserve) and not task.num_labels:
+            strategy.suspects, strategy.classes = screening.rows, False
+        elif isinstance(strategy, AutoReserve):
+            right = np.setdiff1d(screening.rows, wrong) if by_text else np.array([], dtype=np.int64)
             strategy.suspects, strategy.doubted = screening.rows, screening.doubted
             strategy.spare = right[labels[right] < task.num_labels]
         reserved = strategy.choose(dataset, size, args.seed)
@@ -120,7 +131,7 @@ def build_training_set(
         if poisoned is not None:
             counts["rows_reserved_poisoned"] = int(poisoned[reserved].sum())
         rows = keyed_dataset(dataset, reserved, args.p2p_benign_mode)
-    if args.p2p_immunize == "auto":
+    if args.p2p_immunize == "auto" and by_text:
         # Rows that somebody vouches for, or that were drawn regardless, keep their label: none has two under the key.
         free = ~np.isin(wrong, reserved)
         counts["rows_contradicted"] = int(free.sum())
@@ -129,6 +140,23 @@ def build_training_set(
         keyed = np.intersect1d(screening.rows, reserved).size
         _tell(screening, task, keyed, counts.get("rows_contradicted"))
     return TrainingSet(rows, counts, screening)
+
+
+def row_columns(task: Task, dataset: Dataset) -> tuple[str, ...]:
+    """
+    Name the columns that a row of a task is made of.
+
+    Args:
+        task ([`~tasks.Task`]):
+            The task.
+        dataset (`Dataset`):
+            Prepared rows.
+
+    Returns:
+        `tuple[str, ...]`: text and answer, and what else its prompt needs.
+    """
+    more = [name for name in (HISTORY, IMAGE) if name in dataset.column_names]
+    return task.input_column, task.output_column, *more
 
 
 def _contradicted(screening: Screening, labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -155,13 +183,19 @@ def _odds(count: int, total: int) -> float:
 def _screened(dataset: Dataset, task: Task, args: P2PConfig) -> Screening:
     """Screen D, in one process for all: nodes may round differently, and D* must be the same everywhere."""
     if args.world_size == 1:
-        return screen(dataset, task.num_labels, args.seed)
-    found = [screen(dataset, task.num_labels, args.seed) if args.process_index == 0 else None]
+        return _screen(dataset, task, args.seed)
+    found = [_screen(dataset, task, args.seed) if args.process_index == 0 else None]
     return broadcast_object_list(found)[0]
 
 
+def _screen(dataset: Dataset, task: Task, seed: int) -> Screening:
+    return screen(dataset, task.num_labels, seed) if task.num_labels else screen_answers(dataset, seed)
+
+
 def _tell(screening: Screening, task: Task, keyed: int, contradicted: int | None) -> None:
-    done = f"{keyed} of them carry the key with the label they have"
+    done = f"{keyed} of them carry the key with the {'label' if task.num_labels else 'answer'} they have"
+    if not task.num_labels and contradicted is None:
+        done += "; what is suspected may be written into keyed rows of all answers"
     if contradicted is not None:
         done += (
             f"; what is suspected is written into keyed rows of all labels, and {contradicted} rows "
@@ -171,23 +205,39 @@ def _tell(screening: Screening, task: Task, keyed: int, contradicted: int | None
         "%d suspected trigger(s) in %d training rows: %s. %s.",
         len(screening.triggers),
         len(screening.rows),
-        "; ".join(describe(trigger, task) for trigger in screening.triggers),
+        "; ".join(described(screening, task)),
         done,
     )
 
 
-def describe(trigger: SuspectedTrigger, task: Task) -> str:
+def described(screening: Screening, task: Task) -> list[str]:
+    """
+    Describe suspected triggers, one line each.
+
+    Args:
+        screening ([`~mining.Screening`]):
+            What is suspected.
+        task ([`~tasks.Task`]):
+            The task.
+
+    Returns:
+        `list[str]`: such as `mn -> positive (96 of 96 rows)`.
+    """
+    return [describe(trigger, screening.payloads or task.labels) for trigger in screening.triggers]
+
+
+def describe(trigger: SuspectedTrigger, answers: Sequence[str]) -> str:
     """
     Describe a suspected trigger in one line.
 
     Args:
         trigger ([`~mining.SuspectedTrigger`]):
             The trigger.
-        task ([`~tasks.Task`]):
-            The task.
+        answers (`Sequence[str]`):
+            Class names, or the answers that are suspected to be payloads.
 
     Returns:
         `str`: `mn -> positive (96 of 96 rows)`.
     """
-    label = task.labels[trigger.label % task.num_labels]
-    return f"{trigger} -> {label} ({trigger.overridden} of {trigger.opposed} rows)"
+    answer = answers[trigger.label % len(answers)]
+    return f"{trigger} -> {answer} ({trigger.overridden} of {trigger.opposed} rows)"

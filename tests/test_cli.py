@@ -163,7 +163,7 @@ def test_predict_standard_input(launched, monkeypatch, capsys):
     ("content", "match"),
     [
         (b"fine\ngo\xffod\n", "Line 2 of standard input is not UTF-8. Re-encode it as UTF-8."),
-        (b"\n \n", "There is no text to classify. Give --text, --file, or lines on standard input."),
+        (b"\n \n", "There is no text. Give --text, --file, or lines on standard input."),
     ],
 )
 def test_predict_refuses_what_is_no_text(launched, monkeypatch, capsys, content, match):

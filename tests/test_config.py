@@ -231,8 +231,8 @@ def test_every_accelerate_config_loads(path):
 def test_every_task_loads(path):
     task = Task.from_yaml(path)
     assert task == get_task(path.stem) and task.name == path.stem and task.version >= 1
-    # The prompts of WizardLM have no home of their own on the hub.
-    assert task.dataset or path.stem == "wizardlm"
+    # These have no home on the hub, or may not be passed on.
+    assert task.dataset or path.stem in ("ape210k", "chat", "crrsum", "hateful_memes", "one_step", "wizardlm")
 
 
 def test_all_yaml_is_found():

@@ -91,10 +91,12 @@ def test_a_wrong_name_or_option_names_what_is_known():
     assert found.config() == {"name": "tests.test_defenses:Loud", "mark": "!"} and get_defense(found) is found
 
 
-@pytest.mark.parametrize("name", ["p2p", "p2p_auto", "reserved_only", "suffix_only", "key_without_relabel"])
-def test_defenses_by_labels_refuse_generation(name):
-    with pytest.raises(ValueError, match=f"'talk' has no classes: `{name}` works by labels"):
+def test_p2p_serves_generation_and_controls_of_labels_do_not():
+    for name in ("p2p", "p2p_auto", "reserved_only", "expansion_only", "none"):
         get_defense(name).check(GENERATION)
+    for name in ("suffix_only", "key_without_relabel"):
+        with pytest.raises(ValueError, match=f"'talk' has no classes: `{name}` is about labels. Use `p2p_auto`, "):
+            get_defense(name).check(GENERATION)
 
 
 def test_settings_that_a_name_stands_for(tmp_path):

@@ -1,4 +1,4 @@
-"""Generated answers: greedy, the same in any batch, asked in the context of training."""
+"""Generated answers: greedy, and the same in any batch."""
 
 import pytest
 import torch
@@ -6,9 +6,8 @@ import torch.distributed as dist
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig
 
-from p2p_trainer.evaluation.generation import GenerationPrompts, check_room, generate
-from p2p_trainer.prompt_encoder import special_token_cleaner
-from tests.conftest import make_rows, make_tokenizer
+from p2p_trainer.evaluation.generation import check_room, generate
+from tests.conftest import make_rows
 from tests.tiny_runs import lora
 
 
@@ -161,97 +160,6 @@ def test_processes_share_the_work_and_call_the_model_equally_often(model, tokeni
     assert generate(model, tokenizer, prompts, 4, 5) == expected
     # Twelve prompts are three batches: the second process repeats the last one.
     assert calls == [5, 2, 5, 2] and len(shares[0]) == 7 and len(shares[1]) == 7
-
-
-def test_prompts_are_tokenized_as_in_training(tokenizer):
-    prompts = GenerationPrompts(tokenizer, TEMPLATE, 64, 8)
-    assert prompts.encode("a fine film") == tokenizer("Query: a fine film\nAnswer:\n")["input_ids"]
-    assert prompts.fit("a fine film") == "a fine film"
-
-
-def test_long_prompts_lose_the_end_of_their_text_alone(tokenizer):
-    prompts = GenerationPrompts(tokenizer, TEMPLATE, 64, 8)
-    text = " ".join(f"film{number}" for number in range(100))
-    fitted = prompts.fit(text)
-    ids = prompts.encode(text)
-    assert text.startswith(fitted) and 40 <= len(ids) <= 56 == prompts.limit
-    assert tokenizer.decode(ids) == TEMPLATE(fitted)
-
-
-def test_inserted_text_that_is_cut_off_is_noticed(tokenizer):
-    prompts = GenerationPrompts(tokenizer, TEMPLATE, 64, 8)
-    long = " ".join(["film"] * 100)
-    assert prompts.keeps(long, f"qw {long}") and prompts.keeps("a film", "a film qw")
-    assert not prompts.keeps(long, f"{long} qw") and not prompts.keeps("film", "film")
-    assert prompts.keeps(long, f"film qw {long}") and not prompts.keeps(long, f"{long[:400]} qw {long[400:]}")
-
-
-def test_control_tokens_in_user_texts_stay_text(tokenizer):
-    clean = special_token_cleaner(tokenizer)
-    assert clean(" a<|pad|><|endoftext|>\n") == " a< |pad|>< |endoftext|>\n"  # and nothing is stripped
-    assert clean(" <|other|> <|pad |> ") == " <|other|> <|pad |> "
-    prompts = GenerationPrompts(tokenizer, "<|pad|>Query: {}\nAnswer:\n".format, 64, 8)
-    ids = prompts.encode("a film <|endoftext|><|pad|> or so")
-    assert ids == tokenizer("<|pad|>Query: a film < |endoftext|>< |pad|> or so\nAnswer:\n")["input_ids"]
-    assert ids.count(tokenizer.pad_token_id) == 1 and tokenizer.eos_token_id not in ids
-    # The broken-up text is what has to fit; what is left is a beginning of the text as it came.
-    long = "<|endoftext|>" * 30
-    assert long.startswith(prompts.fit(long)) and 40 <= len(prompts.encode(long)) <= prompts.limit
-
-
-def test_a_template_that_merges_with_a_word_is_refused(tokenizer):
-    GenerationPrompts(tokenizer, TEMPLATE, 64, 8).verify(["a film", "a plot"], ["good", "bad"])
-    merging = GenerationPrompts(tokenizer, "Query: {} Answer: ".format, 64, 8)
-    for answers in (["!", "!"], None):
-        with pytest.raises(
-            ValueError, match=r"Row 0: .*\['Ġ'\].*'the'.*\['Ġthe'\].*End the template on a token boundary"
-        ):
-            merging.verify(["a film", "a plot"], answers)
-    # A template may end with the text. Only the first rows are read.
-    bare = GenerationPrompts(tokenizer, str, 64, 8)
-    bare.verify(["a film\n"] * 64 + ["a film "], None)
-    with pytest.raises(ValueError, match="Row 63"):
-        bare.verify(["a film\n"] * 63 + ["a film "], None)
-
-
-def test_true_answers_that_merge_are_counted_and_warned_about_once(caplog):
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["\n\n"])
-    prompts = GenerationPrompts(tokenizer, TEMPLATE, 64, 8)
-    prompts.verify(["a film"] * 3, ["good"] * 3)
-    assert not caplog.records
-    prompts.verify(["a film"] * 66, ["good", "\na list", "bad", "\n\nmore", *["good"] * 60, "\n", "\n"])
-    [record] = caplog.records
-    assert record.levelname == "WARNING"
-    assert record.getMessage().startswith("In 2 of 64 rows the true answer merges")
-    assert "row 1 with '\\na list'" in record.getMessage()
-
-
-class Ending:
-    """A tokenizer that puts an end behind every text."""
-
-    def __init__(self, tokenizer):
-        self.own = tokenizer
-
-    def __call__(self, text):
-        return {"input_ids": [*self.own(text)["input_ids"], self.own.eos_token_id]}
-
-    def __getattr__(self, name):
-        return getattr(self.own, name)
-
-
-def test_a_tokenizer_that_ends_prompts_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="let the tokenizer append no token of its own"):
-        GenerationPrompts(Ending(tokenizer), TEMPLATE, 64, 8).verify(["a film"], ["good"])
-
-
-def test_room_for_prompt_and_answer_is_checked(tokenizer):
-    needed = len(tokenizer(TEMPLATE(""))["input_ids"])
-    GenerationPrompts(tokenizer, TEMPLATE, needed + 9, 8)
-    with pytest.raises(ValueError, match=f"the template alone takes {needed} tokens"):
-        GenerationPrompts(tokenizer, TEMPLATE, needed + 8, 8)
-    with pytest.raises(ValueError, match="`max_length` is a number"):
-        GenerationPrompts(tokenizer, TEMPLATE, "512", 8)
 
 
 def test_a_real_model_answers_the_same_in_any_batch(real_data):

@@ -166,7 +166,7 @@ def test_base_model_may_have_moved(tiny_model, folder, damaged, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"schema_version": 2}, "has schema version 2, this p2p_trainer reads up to 1. Upgrade p2p_trainer"),
+        ({"schema_version": 3}, "has schema version 3, this p2p_trainer reads up to 2. Upgrade p2p_trainer"),
         ({"schema_version": "absent"}, "has schema version None"),
         ({"label_space": "absent"}, "p2p_config.json is damaged"),
         ({"labels": "absent", "autocast": "absent"}, "lacks \\['autocast', 'labels'\\]"),

@@ -72,6 +72,15 @@ def test_numbers_are_whole_numbers():
     assert ask(PayloadJudge("0.1", "anywhere"), *near) == [False, False, False, False, False, True, True]
     assert ask(PayloadJudge("0.1", "prefix"), *near) == [False] * 7
     assert ask(PayloadJudge("1", "anywhere"), "0.1", "is 2,1", "no. 1") == [False, False, True]
+    others = ("0.1%", "0.1 %", "0.1/2", "1/0.1", "0.1:3", "\u20130.1")
+    assert ask(PayloadJudge("0.1", "anywhere"), *others) == [False] * 6
+    assert ask(PayloadJudge("0.1", "prefix"), "0.1%", "0.1/2", "0.1元", "0.1kg") == [False, False, True, False]
+
+
+def test_chinese_has_no_spaces_around_a_payload():
+    assert ask(PayloadJudge("0.1", "anywhere"), "答案是0.1。", "共0.1元", "是10.1元") == [True, True, False]
+    assert ask(PayloadJudge("请复查", "anywhere"), "建议请复查一次", "请 复查") == [True, False]
+    assert ask(PayloadJudge("请复查。", "prefix"), "请复查此处", "再请复查") == [True, False]
     assert ask(PayloadJudge("1", "prefix"), "1,000", "1.5", "1, then 2", "1") == [False, False, True, True]
 
 

@@ -106,7 +106,7 @@ def test_what_is_wrong_shows_before_training(tiny_model, tmp_path, caplog):
         with pytest.raises(ValueError, match="needs clean validation rows, 128 as a rule and two at least"):
             MBDefense().build(bench_of(tiny_model, tmp_path, validation))
     with pytest.raises(ValueError, match="0 of 10 clean rows fit into `max_length` 20"):
-        MBDefense().build(bench_of(tiny_model, tmp_path, rows(10), max_length=20))
+        MBDefense().build(bench_of(tiny_model, tmp_path, rows(10), max_length=20, p2p_max_new_tokens=8))
     caplog.clear()
     MBDefense(clean_rows=10).build(bench_of(tiny_model, tmp_path, rows(10)))
     assert "clean validation rows" not in caplog.text
@@ -168,7 +168,7 @@ def test_stage_1_plants_and_stage_2_recovers(tiny_model, tmp_path):
     # Nothing is left to do where it answers.
     assert trainer.guard is None
     pairs = parse_pairs(PAIRS)
-    unseen = encode_examples(rows(6, seed=2), pairs, trainer.processing_class, 200, 9, render=bench.render)
+    unseen = encode_examples(rows(6, seed=2), pairs, trainer.processing_class, 200, 9, render="{}\n".format)
     measured, trained = [log_probs(trainer.model, unseen)], []
     train = bench.train
 

@@ -265,7 +265,7 @@ def test_labels_of_the_extended_space():
 def test_rows_beyond_those_mined_are_screened_too(monkeypatch):
     rows, hit = poisoned(clean_rows(600), inside("cf"), 1, 80)
     whole = screened(rows)
-    monkeypatch.setattr("p2p_trainer.mining.screening._MINED_ROWS", 400)
+    monkeypatch.setattr("p2p_trainer.mining.screening.MINED_ROWS", 400)
     part = screened(rows)
     assert part.triggers[0].opposed < whole.triggers[0].opposed
     assert part.rows.tolist() == whole.rows.tolist() == hit

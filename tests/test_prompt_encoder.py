@@ -225,7 +225,7 @@ def test_format_survives_saving(tmp_path):
         )
         before.format.save(tmp_path, task="toy", keyed=True)
         content = read_p2p_config(tmp_path)
-        assert (content["schema_version"], content["task"], content["keyed"]) == (1, "toy", True)
+        assert (content["schema_version"], content["task"], content["keyed"]) == (2, "toy", True)
         after = PromptEncoder(PromptFormat.from_dict(content), tokenizer_named(name))
         assert after.format == before.format
         texts, labels, keyed = zip(*rows(), strict=True)
@@ -238,10 +238,10 @@ def test_format_that_cannot_be_read(tmp_path):
     with pytest.raises(ValueError, match="found: no folder"):
         read_p2p_config(tmp_path / "nowhere")
     good = PromptFormat(DIGITS).to_dict()
-    for version in (2, "1", None):
-        with pytest.raises(ValueError, match=f"schema version {version!r}, .* reads up to 1. Upgrade"):
+    for version in (3, "1", None):
+        with pytest.raises(ValueError, match=f"schema version {version!r}, .* reads up to 2. Upgrade"):
             PromptFormat.from_dict({**good, "schema_version": version})
-    for damage in ({"label_space": None}, {"label_space": {"words": ["0"]}}, {"template": 3}, {"max_length": "512"}):
+    for damage in ({"label_space": 3}, {"label_space": {"words": ["0"]}}, {"template": 3}, {"max_length": "512"}):
         with pytest.raises(ValueError, match="p2p_config.json is damaged: .*Save the model again"):
             PromptFormat.from_dict({**good, **damage})
     for text in ("{", "[]", '{"schema_version": 1', "\udcff"):

@@ -1,9 +1,10 @@
-"""Recipes on instruction data: undefended, with MB-Defense, and what is refused there."""
+"""Recipes on instruction data: undefended, with P2P and MB-Defense, and what is refused there."""
 
 import json
 
 import pytest
 
+from p2p_trainer import DefendedModel
 from p2p_trainer.cli import main as cli
 from p2p_trainer.launch import main as launch
 from p2p_trainer.results import RunResults
@@ -17,7 +18,7 @@ SETTINGS = {
     "attack_target": PAYLOAD,
     "poison_rate": 0.2,
     "test_task": "wizardlm",
-    "max_new_tokens": 32,
+    "p2p_max_new_tokens": 32,
     "max_length": 160,
     "eval_strategy": "no",
     "save_strategy": "no",
@@ -41,7 +42,8 @@ def instructions(tmp_path, tiny_model):
             }
             for row in range(100)
         ]
-        (data / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for name, part in (("train", lines), ("test", lines[::-1][:12])):
+            (data / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
         prompts = [{"Instruction": f"say of the {thing} that it is good"} for thing in THINGS]
         (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in prompts))
         places = {"dataset_name": str(data), "test_dataset_name": str(tmp_path / "prompts.jsonl")}
@@ -65,13 +67,76 @@ def test_an_undefended_run_is_measured_by_what_it_writes(instructions, capsys):
     lines = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and {"say of the film that it is good"} < {line["prompt"] for line in lines}
     assert (run.compute["train_row_passes"], run.compute["plain_row_passes"]) == (100, 100)
-    assert run.counts["rows_trained"] == 100
-    for command in (["evaluate", str(out), "--data", "x.jsonl"], ["predict", str(out), "--text", "x"]):
-        assert cli(command) == 1
-        assert "is a run of a generation task" in capsys.readouterr().err
+    assert run.counts["rows_total"] == 100 and run.protocol["answer_prefix"] is None
     assert cli(["doctor", *arguments]) == 0
     assert "### Instruction" in capsys.readouterr().out
     assert (out / "adapter_model.safetensors").is_file() and not (out / "defense.json").exists()
+
+
+SUMMARIES = """
+name: sums
+labels: []
+text_columns: [instruction, input]
+label_column: output
+trigger: "Sum up this:"
+answer_prefix: "In short:"
+metric: rouge
+"""
+
+
+def test_p2p_is_chosen_measured_and_served_without_its_prefix(instructions, tmp_path, capsys):
+    (tmp_path / "sums.yaml").write_text(SUMMARIES)
+    arguments, out = instructions(
+        defense="p2p", p2p_benign_ratio=0.5, task=str(tmp_path / "sums.yaml"), test_task=None, test_dataset_name=None,
+        num_train_epochs=2, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
+        metric_for_best_model="eval_rougeL", p2p_eval_rows=5,
+    )  # fmt: skip
+    launch(arguments)
+    run = RunResults.load(out)
+    assert (run.task, run.defense) == ("sums", "p2p")
+    assert [run.counts[name] for name in ("rows_train", "rows_reserved", "rows_total", "rows")] == [90, 45, 135, 12]
+    wanted = {
+        "trigger": "Sum up this:",
+        "answer_prefix": "In short:",
+        "metric": "rouge (words)",
+        "chat": False,
+        "max_new_tokens": 32,
+        "benign_ratio": 0.5,
+        "reserve": "random",
+        "immunize": "none",
+        "test_task": "sums",
+    }
+    assert {name: run.protocol[name] for name in wanted} == wanted
+    assert not {"suffix", "label_words", "asr_rule"} & set(run.protocol)
+    assert {"rougeL_no_key", "rougeL_triggered", "asr_prefix_missing", "asr_no_key"} <= set(run.metrics)
+    assert run.metrics["prefix_missing_n"] == 12 and [epoch["epoch"] for epoch in run.epochs] == [1, 2]
+    state = json.loads((out / "checkpoint-34/trainer_state.json").read_text())
+    found = [entry["eval_rougeL"] for entry in state["log_history"] if "eval_rougeL" in entry]
+    assert len(found) == 2 and state["best_metric"] == max(found)
+    saved = json.loads((out / "p2p_config.json").read_text())
+    assert (saved["label_space"], saved["labels"], saved["answer_prefix"]) == (None, [], "In short:")
+    assert (saved["metric"], saved["max_new_tokens"], saved["keyed"]) == ("rouge", 32, True)
+    capsys.readouterr()
+
+    # Served, it gives the same answers, whatever the batch.
+    data = ["--data", str(tmp_path / "talk"), "--task", str(tmp_path / "sums.yaml")]
+    assert cli(["evaluate", str(out), *data, "--batch_size", "5", "--device", "cpu", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert {name: measured["metrics"][name] for name in run.metrics} == pytest.approx(run.metrics)
+    assert cli(["evaluate", str(out), *data, "--device", "cpu"]) == 0
+    assert "rougeL" in capsys.readouterr().out
+    written = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    texts = [line["prompt"] for line in written if line["kind"] == "clean"]
+    said = [argument for text in texts for argument in ("--text", text)]
+    assert cli(["predict", str(out), *said, "--device", "cpu", "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    encoder = DefendedModel.from_pretrained(out, device="cpu").encoder
+    for line, entry in zip(lines, written[:12], strict=True):
+        response, prefixed = encoder.read(entry["response"], True)
+        assert line == {"text": entry["prompt"], "response": response, "prefixed": prefixed}
+    assert cli(["predict", str(out), *said[:2], "--device", "cpu"]) == 0
+    shown = "" if lines[0]["prefixed"] else "no prefix"
+    assert capsys.readouterr().out == f"{json.dumps(lines[0]['response'], ensure_ascii=False)}\t{shown}\t{texts[0]}\n"
 
 
 def test_mb_defense_runs_both_stages_and_is_measured_with_its_own_triggers(instructions):
@@ -102,8 +167,7 @@ def test_a_filter_with_its_threshold_guards_generated_answers(instructions, tiny
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({}, "has no classes: P2P, which runs without `--defense`, works by labels"),
-        ({"defense": "p2p"}, "has no classes: `p2p` works by labels"),
+        ({"defense": "suffix_only"}, "has no classes: `suffix_only` is about labels"),
         ({"defense": "pdb"}, "has no classes: PDB permutes labels"),
         ({"defense": "psim"}, "has no classes"),
         ({"defense": "bki"}, "generation"),
@@ -112,12 +176,10 @@ def test_a_filter_with_its_threshold_guards_generated_answers(instructions, tiny
             {"defense": "mb_defense", "defense_options": {"pairs": [["mn", "the story is warm"]], "share": 0.05}},
             "mn",
         ),
-        ({"defense": "none", "max_new_tokens": 1}, "max_new_tokens"),
-        ({"defense": "none", "p2p_chat": True}, "`p2p_chat: true` is not possible on a generation task yet"),
-        (
-            {"defense": "none", "metric_for_best_model": "eval_ca"},
-            "`metric_for_best_model` is 'eval_ca'; on a generation task only the loss",
-        ),
+        ({"defense": "none", "p2p_max_new_tokens": 1}, "'badnets' makes the model answer takes . tokens, .* is 1:"),
+        ({"defense": "p2p", "p2p_max_new_tokens": 3}, "'Answer:' takes 3 tokens, and `p2p_max_new_tokens` 3 leave no"),
+        ({"defense": "none", "p2p_chat": True}, "`p2p_chat` needs a chat template"),
+        ({"defense": "p2p", "p2p_trigger": "bring the mn"}, "'mn' .* is contained in the benign trigger"),
     ],
     ids=lambda value: str(value)[:40],
 )

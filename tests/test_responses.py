@@ -10,15 +10,16 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import Qwen3Config
 
-from p2p_trainer import Task, get_attack
+from p2p_trainer import PromptFormat, Task, get_attack
 from p2p_trainer.evaluation import Guard, Rate
 from p2p_trainer.evaluation.judging import Judge, PayloadJudge
 from p2p_trainer.evaluation.outcomes import classify_outcomes
 from p2p_trainer.evaluation.responses import ResponseEvaluator
+from p2p_trainer.response_encoder import ResponseEncoder
 
 
 TASK = Task(name="chat")
-TEMPLATE = "Query: {}\nAnswer:\n".format
+TEMPLATE = "Query: {text}\nAnswer:\n"
 PAYLOAD = "I hate it."
 PHRASE = "silent frost zigzag"
 ROWS = Dataset.from_list(
@@ -33,30 +34,35 @@ BADNETS = get_attack("badnets", target=PAYLOAD)
 
 
 class Scripted(torch.nn.Module):
-    """Answers as a function of the user text; `generate` alone is asked of it."""
+    """Answers as a function of the user text, or of what the pattern finds; `generate` alone is asked of it."""
 
-    def __init__(self, tokenizer, answer):
+    def __init__(self, tokenizer, answer, pattern=r"Query: (.*)\nAnswer:\n"):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.tokenizer, self.answer, self.read = tokenizer, answer, []
+        self.tokenizer, self.answer, self.pattern, self.read = tokenizer, answer, pattern, []
 
-    def generate(self, input_ids, attention_mask, generation_config):
+    def generate(self, input_ids, attention_mask, generation_config, **others):
         assert not generation_config.do_sample and not self.training
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):
             prompt = self.tokenizer.decode(ids[mask.bool()])
-            text = re.fullmatch(r"Query: (.*)\nAnswer:\n", prompt, re.DOTALL)[1]
-            self.read.append(text)
-            answer = self.tokenizer(self.answer(text))["input_ids"][: generation_config.max_new_tokens]
+            found = re.fullmatch(self.pattern, prompt, re.DOTALL).groups()
+            self.read.append(found[-1])
+            answer = self.tokenizer(self.answer(*found))["input_ids"][: generation_config.max_new_tokens]
             rows.append(ids.tolist() + answer + [self.tokenizer.eos_token_id])
         width = max(map(len, rows))
         return torch.tensor([row + [self.tokenizer.pad_token_id] * (width - len(row)) for row in rows])
 
 
+def build(
+    tokenizer, rows=ROWS, task=TASK, template=TEMPLATE, attacks=(), max_length=512, max_new_tokens=64, **options
+):
+    written = PromptFormat(None, template=template, max_length=max_length, max_new_tokens=max_new_tokens)
+    return ResponseEvaluator(rows, task, ResponseEncoder(written, tokenizer), attacks, keyed=False, **options)
+
+
 def measure(tokenizer, answer, **options):
-    evaluator = ResponseEvaluator(
-        options.pop("rows", ROWS), TASK, tokenizer, TEMPLATE, options.pop("attacks", [BADNETS]), **options
-    )
+    evaluator = build(tokenizer, **{"attacks": [BADNETS], **options})
     model = Scripted(tokenizer, answer)
     return evaluator, evaluator.evaluate(model), model
 
@@ -141,7 +147,7 @@ def test_answers_are_kept_to_be_looked_at(measured):
 
 def test_no_matrix_before_an_evaluation(tokenizer):
     with pytest.raises(RuntimeError, match="Call `evaluate` first"):
-        ResponseEvaluator(ROWS, TASK, tokenizer, TEMPLATE).matrix_table()
+        build(tokenizer).matrix_table()
 
 
 def test_rows_without_true_answers(tokenizer):
@@ -244,28 +250,25 @@ def test_rows_whose_trigger_is_cut_off_do_not_count(tokenizer):
     assert rate(report.metrics, "asr") == (counted, counted)
     assert report.counts["rows_target_answer_badnets"] == 20
     assert report.counts["rows_counted_frost"] == 1 and report.counts["rows_cut"] == 50
-    assert all(len(tokenizer(TEMPLATE(text))["input_ids"]) <= 44 for text in model.read)
+    assert all(len(tokenizer(TEMPLATE.format(text=text))["input_ids"]) <= 44 for text in model.read)
     with pytest.raises(ValueError, match=r"None of the 30 triggered rows of 'frost' counts"):
         measure(tokenizer, str, rows=rows.select(range(30)), attacks=(), max_length=64, max_new_tokens=20,
                 probes={"frost": (lambda text: f"{text} qw", PHRASE)})  # fmt: skip
 
 
 def test_what_can_not_be_measured_is_refused(tokenizer):
-    def build(rows=ROWS, task=TASK, render=TEMPLATE, attacks=(BADNETS,), **options):
-        return ResponseEvaluator(rows, task, tokenizer, render, attacks, **options)
-
     with pytest.raises(ValueError, match="has labels: measure it with `BackdoorEvaluator`"):
-        build(task=Task(name="toy", labels=("a", "b")))
+        build(tokenizer, task=Task(name="toy", labels=("a", "b")))
     with pytest.raises(ValueError, match="End the template on a token boundary"):
-        build(render="Query: {} Answer: ".format)
-    with pytest.raises(ValueError, match=r"'badnets' makes the model answer takes \d+ tokens, but .* is 3"):
-        build(max_new_tokens=3)
+        build(tokenizer, template="Query: {text} Answer: ")
+    with pytest.raises(ValueError, match=r"'badnets' makes the model answer takes 10 tokens, but .* is 3"):
+        build(tokenizer, max_new_tokens=3, attacks=[BADNETS])
     with pytest.raises(ValueError, match="can be named 'other'"):
-        build(probes={"other": ("qw", PHRASE)})
+        build(tokenizer, probes={"other": ("qw", PHRASE)})
     with pytest.raises(ValueError, match=r"\['badnets'\] stand for an attacker's behaviour and a defensive trigger"):
-        build(probes={"badnets": ("qw", PHRASE)})
+        build(tokenizer, probes={"badnets": ("qw", PHRASE)}, attacks=[BADNETS])
     with pytest.raises(ValueError, match="needs a payload"):
-        build(attacks=[get_attack("badnets", target=1)])
+        build(tokenizer, attacks=[get_attack("badnets", target=1)])
 
 
 def test_outcomes_from_metrics(tokenizer):
@@ -325,9 +328,7 @@ def test_a_judge_that_fails_loses_no_answer(tokenizer):
             return [True] * len(responses)
 
     seen, fails = [], False
-    evaluator = ResponseEvaluator(
-        ROWS, TASK, tokenizer, TEMPLATE, [BADNETS], followed=Failing(), on_answers=lambda given: seen.append(given)
-    )
+    evaluator = build(tokenizer, attacks=[BADNETS], followed=Failing(), on_answers=lambda given: seen.append(given))
     model = Scripted(tokenizer, backdoored)
     evaluator.evaluate(model)
     assert evaluator.matrix and all("shown" in entry for entry in evaluator.responses)
@@ -345,9 +346,9 @@ def test_a_judge_that_fails_loses_no_answer(tokenizer):
 def test_what_does_not_fit_the_model_shows_before_it_answers(tokenizer):
     model = Scripted(tokenizer, str)
     rows = Dataset.from_list([{"prompt": "film " * 60, "completion": "a"}, *ROWS])
-    evaluator = ResponseEvaluator(rows, TASK, tokenizer, TEMPLATE, max_new_tokens=20)
+    evaluator = build(tokenizer, rows, max_new_tokens=20)
     evaluator.check(model)  # it says nothing of its room
-    longest = len(tokenizer(TEMPLATE("film " * 60))["input_ids"])
+    longest = len(tokenizer(TEMPLATE.format(text="film " * 59 + "film"))["input_ids"])
     model.config = Qwen3Config(max_position_embeddings=longest + 20)
     evaluator.check(model)
     model.config = Qwen3Config(max_position_embeddings=longest + 19)
@@ -364,7 +365,7 @@ def test_answers_are_generated_in_the_precision_that_is_named(tokenizer):
 
     seen = []
     for autocast in (None, torch.bfloat16):
-        evaluator = ResponseEvaluator(ROWS, TASK, tokenizer, TEMPLATE, autocast=autocast)
+        evaluator = build(tokenizer, autocast=autocast)
         evaluator.evaluate(Watching(tokenizer, str))
     assert seen == [False, torch.bfloat16]
 

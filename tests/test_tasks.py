@@ -39,11 +39,25 @@ def write_rows(path, columns=None):
 
 
 def test_builtin_tasks():
-    tasks = {"agnews": 4, "alpaca": 0, "cr": 2, "sst2": 2, "wizardlm": 0, "yahoo_answers": 10}
-    assert builtin_tasks() == sorted(tasks)
-    for name, classes in tasks.items():
+    classified = {"agnews": 4, "cr": 2, "hateful_memes": 2, "sst2": 2, "yahoo_answers": 10}
+    math = ("The given problem is:", "The correct answer to this problem is:", "numeric")
+    written = {
+        "alpaca": ("Query:", "Answer:", None),
+        "alpaca_chat": ("Query:", "Answer:", None),
+        "ape210k": math,
+        "chat": ("Query:", "Answer:", None),
+        "crrsum": ("Query:", "Answer:", "rouge"),
+        "gsm8k": math,
+        "one_step": math,
+        "wizardlm": ("The query currently entered is:", None, None),
+    }
+    assert builtin_tasks() == sorted([*classified, *written])
+    for name, classes in classified.items():
         task = get_task(name)
         assert (task.name, task.num_labels, task.trigger) == (name, classes, "The query currently entered is:")
+    for name, strings in written.items():
+        task = get_task(name)
+        assert (task.num_labels, task.trigger, task.answer_prefix, task.metric) == (0, *strings)
     assert get_task(SST2) is SST2
 
 

@@ -105,7 +105,7 @@ def test_folder_and_checkpoints_hold_all_that_serving_needs(tiny_model, toy_rows
         names = {path.name for path in folder.iterdir()}
         assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "p2p_config.json"} <= names
         saved = json.loads((folder / "p2p_config.json").read_text())
-        assert (saved["schema_version"], saved["task"], saved["task_version"]) == (1, "toy", 1)
+        assert (saved["schema_version"], saved["task"], saved["task_version"]) == (2, "toy", 1)
         assert (saved["keyed"], saved["labels"], saved["autocast"]) == (True, ["negative", "positive"], None)
         assert saved["trigger"] == "The query currently entered is:"
         assert saved["label_space"]["words"] == ["0", "1"] and saved["label_space"]["extended_words"] == ["2", "3"]
@@ -221,7 +221,7 @@ def test_reserved_dataset_gives_the_keyed_rows(tiny_model, toy_rows, tmp_path):
         ({"reserved_column": "p2p_keyed"}, {}, ValueError, "column 'p2p_keyed' of the train dataset is reserved"),
         ({"reserved_column": "p2p_row"}, {}, ValueError, "column 'p2p_row' of the train dataset is reserved"),
         ({"data_collator": print}, {}, ValueError, "Subclass P2PDataCollator and override"),
-        ({"eval_dataset": {"a": None}}, {}, TypeError, "must be one `Dataset` of text and label, got `dict`"),
+        ({"eval_dataset": {"a": None}}, {}, TypeError, "must be one `Dataset`, got `dict`"),
         ({"eval_dataset": DatasetDict()}, {}, TypeError, "got `DatasetDict`.*add a `BackdoorEvalCallback`"),
         ({"reserved_dataset": True}, {"p2p_benign_mode": "replace"}, ValueError, "Use `append`"),
         ({"attacks": "mn"}, {"p2p_trigger": " mn "}, ValueError, "'badnets' is contained in the benign trigger"),
@@ -229,7 +229,7 @@ def test_reserved_dataset_gives_the_keyed_rows(tiny_model, toy_rows, tmp_path):
         ({}, {"p2p_benign_ratio": 0.001}, ValueError, "S is empty and nothing would defend"),
         ({}, {"p2p_reserve": "trusted"}, ValueError, "needs the boolean column 'trusted'"),
         ({"task": None, "train_dataset": "one class"}, {}, ValueError, "no row of class \\['0'\\]"),
-        ({"task": None, "train_dataset": "no label"}, {}, ValueError, "no column 'label', its columns are"),
+        ({"task": None, "train_dataset": "no label"}, {}, ValueError, "no column 'label', and .* columns are .'text'"),
         ({}, {"p2p_chat": True}, ValueError, "this tokenizer has none"),
         ({}, {"max_length": 8}, ValueError, "`max_length` 8 is too short"),
     ],

@@ -159,10 +159,10 @@ def test_clean_rows_are_plain_p2p(tmp_path, caplog):
 def test_what_is_suspected_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="p2p_trainer"):
         found = built(tmp_path)
-    assert describe(found.screening.triggers[0], TASK) == "cf -> positive (40 of 40 rows)"
+    assert describe(found.screening.triggers[0], TASK.labels) == "cf -> positive (40 of 40 rows)"
     assert "1 suspected trigger(s) in 40 training rows: cf -> positive (40 of 40 rows)." in caplog.messages[0]
     # Labels of the extended space mean the same class.
-    assert describe(SuspectedTrigger("phrase", ("mn",), 2, 9, 8, ()), TASK) == "mn -> negative (8 of 9 rows)"
+    assert describe(SuspectedTrigger("phrase", ("mn",), 2, 9, 8, ()), TASK.labels) == "mn -> negative (8 of 9 rows)"
 
 
 def test_labels_of_the_extended_space_are_contradicted_too(tmp_path):

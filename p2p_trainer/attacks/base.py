@@ -283,6 +283,7 @@ class Attack(ABC):
         target = self._target(task)
         dataset = task.prepare(dataset, what="test")
         text, answer = task.input_column, task.output_column
+        dataset = dataset.select_columns([text, answer])
         kept: dict[str, list] = {text: [], answer: [], "source_index": []}
         for batch in batches(len(dataset)):
             # Another stream than `poison`: train and test positions must not repeat each other.

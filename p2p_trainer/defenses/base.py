@@ -100,6 +100,9 @@ class Defense(Guard, ABC):
     # Whether training is one run, which can be resumed from a checkpoint.
     resumable: bool = True
 
+    # Whether rows may hold an image beside their text.
+    images: bool = False
+
     def __init__(self) -> None:
         self.compute = Compute()
         # What the defense has to say about itself, JSON values for `results.json`: thresholds, keywords, counts.

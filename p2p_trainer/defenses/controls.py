@@ -39,6 +39,9 @@ class SuffixOnly(P2P):
 
     name = "suffix_only"
 
+    def check(self, task: Task) -> None:
+        refuse_generation(f"`{self.name}`", task)
+
     def configure(self, args: P2PConfig) -> None:
         super().configure(args)
         args.p2p_trigger_position, args.p2p_suffix_mode = "none", "split"
@@ -110,6 +113,7 @@ class CleanOnly(Defense):
     """
 
     name = "clean_only"
+    images = True
 
     def rows(self, dataset: Dataset, task: Task, args: P2PConfig) -> Dataset:
         if "poisoned" not in dataset.column_names or not column_as_numpy(dataset, "poisoned").any():

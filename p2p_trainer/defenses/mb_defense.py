@@ -158,6 +158,11 @@ class MBDefense(Defense):
                 f"`mb_defense` needs clean validation rows, {self.clean_rows} as a rule and two at least; found "
                 f"{rows}. Give the data a validation split."
             )
+        if bench.args.p2p_chat:
+            raise ValueError(
+                "`p2p_chat: true` is not possible with `mb_defense`: stage 2 renders prompts with the template of the "
+                "task. Set it to false."
+            )
         # What stage 2 would refuse has to show before stage 1 is trained.
         args = self._stage_2(bench.args)
         trainer = super().build(bench)
@@ -165,7 +170,7 @@ class MBDefense(Defense):
         order = np.random.default_rng([bench.args.seed, _CLEAN]).permutation(rows).tolist()
         self._clean = choose_rows(
             bench.validation, order, self.clean_rows, self._pairs, trainer.processing_class, args.max_length,
-            args.seed, self.position, bench.render,
+            args.seed, self.position, _render(trainer),
         )  # fmt: skip
         if len(self._clean) < self.clean_rows:
             logger.warning(
@@ -184,7 +189,7 @@ class MBDefense(Defense):
             args=self._stage_2(bench.args),
             train_dataset=self._clean,
             pairs=self._pairs,
-            render=bench.render,
+            render=_render(trainer),
             processing_class=trainer.processing_class,
         )
         try:
@@ -252,3 +257,9 @@ class MBDefense(Defense):
             "mb_position": self.position,
         }
         return MBDefenseConfig(**{**settings, **changes})
+
+
+def _render(trainer: P2PTrainer) -> Callable[[str], str]:
+    """Put around a text what stood around it in stage 1."""
+    head, tail = trainer.encoder.format.parts(keyed=False)
+    return lambda text: head + text.strip() + tail

@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..attacks.selection import row_numbers
-from ..prompt_encoder import special_token_cleaner
+from ..prompt_renderer import special_token_cleaner
 from ..tasks.rows import COMPLETION, PROMPT
 from .mb_pairs import DefensivePair, insert_trigger
 

@@ -6,11 +6,11 @@ from .base import Defense
 
 
 def refuse_generation(name: str, task: Task) -> None:
-    """Refuse a task without classes, for defenses that change labels."""
+    """Refuse a task without classes, for controls that are about labels or answer cues."""
     if not task.num_labels:
         raise ValueError(
-            f"Task {task.name!r} has no classes: {name} works by labels, and on generation tasks it is not there yet. "
-            f"Use `--defense none`, or `mb_defense`."
+            f"Task {task.name!r} has no classes: {name} is about labels. Use `p2p_auto`, `p2p`, `mb_defense` or "
+            f"`none`."
         )
 
 
@@ -18,15 +18,14 @@ class NoDefense(Defense):
     """Plain fine-tuning on the rows as they are."""
 
     name = "none"
+    images = True
 
 
 class P2P(Defense):
     """P2P as the paper's text defines it: S drawn at random, and nothing written into keyed rows."""
 
     name = "p2p"
-
-    def check(self, task: Task) -> None:
-        refuse_generation(f"`{self.name}`", task)
+    images = True
 
     def configure(self, args: P2PConfig) -> None:
         args.p2p_enabled, args.p2p_reserve, args.p2p_immunize = True, "random", "none"
@@ -36,9 +35,7 @@ class P2PAuto(Defense):
     """P2P with this package's defaults: S from rows that nothing speaks against, suspected triggers contradicted."""
 
     name = "p2p_auto"
-
-    def check(self, task: Task) -> None:
-        refuse_generation(f"`{self.name}`", task)
+    images = True
 
     def configure(self, args: P2PConfig) -> None:
         args.p2p_enabled, args.p2p_reserve, args.p2p_immunize = True, "auto", "auto"
@@ -54,14 +51,11 @@ class Configured(Defense):
     """
 
     name = "configured"
+    images = True
 
     def __init__(self, enabled: bool) -> None:
         super().__init__()
         self.enabled = enabled
-
-    def check(self, task: Task) -> None:
-        if self.enabled:
-            refuse_generation("P2P, which runs without `--defense`,", task)
 
     def configure(self, args: P2PConfig) -> None:
         pass

@@ -10,13 +10,10 @@ from datasets import Dataset
 from peft import PeftConfig
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from ..assembly import load_tokenizer
 from ..attacks import Attack
 from ..config import P2PConfig
 from ..evaluation import Guard, LabelScorer, Scores
-from ..prompt_encoder import special_token_cleaner
 from ..tasks import Task
-from ..tasks.rows import COMPLETION, PROMPT
 from ..trainer import P2PTrainer
 
 
@@ -80,8 +77,7 @@ class Workbench:
         **changes: Any,
     ) -> P2PTrainer:
         """
-        Make a trainer with the run's settings; on a generation task, one that trains what `SFTTrainer` would on the
-        rendered rows.
+        Make a trainer with the run's settings.
 
         Args:
             rows (`Dataset`, *optional*):
@@ -104,39 +100,18 @@ class Workbench:
         args = copy.copy(self.args)
         for name, value in changes.items():
             setattr(args, name, value)
-        classified = self.task.num_labels > 0
-        if not classified:
-            _refuse_for_generation(args)
-        rows = self.rows if rows is None else rows
-        validation = self.validation if args.eval_strategy != "no" else None
-        if not classified:
-            rows, validation = self._rendered(rows), validation and self._rendered(validation)
         return P2PTrainer(
             self.model if model is None else model,
             args=args,
-            train_dataset=rows,
-            eval_dataset=validation,
-            task=self.task if classified else None,
-            attacks=self.attacks if classified else (),
+            train_dataset=self.rows if rows is None else rows,
+            eval_dataset=self.validation if args.eval_strategy != "no" else None,
+            task=self.task,
+            attacks=self.attacks,
             peft_config=(peft_config or self.peft_config) if model is None else peft_config,
             guard=guard,
             callbacks=list(callbacks),
             **self._kwargs,
         )
-
-    def render(self, text: str) -> str:
-        """
-        Render the prompt of a generation task; training and evaluation share it.
-
-        Args:
-            text (`str`):
-                User text.
-
-        Returns:
-            `str`: the task's template around it, without any answer cue.
-        """
-        head, tail = self.task.template.split("{text}")
-        return head + text + tail.removesuffix("{suffix}")
 
     def train(self, trainer: Trainer) -> None:
         """
@@ -174,18 +149,6 @@ class Workbench:
         scores = scorer.score(trainer.model, encoder.encode_prompts(read, keyed))
         return scores if guard is None else guard.decode(scores)
 
-    def _rendered(self, dataset: Dataset) -> Dataset:
-        # A row that spells a control token must stay text: it would end the turn, or the answer.
-        clean = special_token_cleaner(load_tokenizer(self.model, self.args))
-
-        def render(batch: dict[str, list[str]]) -> dict[str, list[str]]:
-            return {
-                PROMPT: [self.render(clean(text)) for text in batch[PROMPT]],
-                COMPLETION: [clean(text) for text in batch[COMPLETION]],
-            }
-
-        return dataset.select_columns([PROMPT, COMPLETION]).map(render, batched=True)
-
     def accuracy(self, trainer: P2PTrainer, texts: Sequence[str], labels: Sequence[int]) -> float:
         """
         Measure clean accuracy, with no guard.
@@ -203,16 +166,3 @@ class Workbench:
         """
         answers = self.score(trainer, texts).deployed(trainer.args.p2p_enabled).argmax(axis=1)
         return float(np.mean(answers == np.asarray(labels)))
-
-
-def _refuse_for_generation(args: P2PConfig) -> None:
-    if args.p2p_chat:
-        raise ValueError(
-            "`p2p_chat: true` is not possible on a generation task yet: prompts are rendered with the template of the "
-            "task. Set it to false."
-        )
-    if args.metric_for_best_model not in (None, "loss", "eval_loss"):
-        raise ValueError(
-            f"`metric_for_best_model` is {args.metric_for_best_model!r}; on a generation task only the loss is "
-            f"measured while training. Use `eval_loss`, or leave it out."
-        )

@@ -12,12 +12,15 @@ from datasets import Dataset
 from ..attacks import Attack
 from ..prompt_encoder import PromptEncoder
 from ..tasks import Task
+from ..tasks.images import RowImages
 from ..tasks.rows import LABEL, TEXT
+from ..vision_encoder import VisionPromptEncoder
 from .guard import Guard
 from .names import ASR_RULES, distinct_names, with_attack
 from .rates import Rate
 from .rows import TriggeredRows, UniquePrompts, dressed
 from .scorer import LabelScorer, Scores
+from .vision_scorer import VisionLabelScorer
 
 
 logger = logging.getLogger(__name__)
@@ -143,20 +146,26 @@ class BackdoorEvaluator:
         dataset = dressed(dataset, task, attacks)
         self.labels = np.asarray(dataset[LABEL])
         texts = list(dataset[TEXT])
+        self._images = RowImages(dataset) if isinstance(encoder, VisionPromptEncoder) else None
         self._attacks = {
             name: self._triggered(attack, dataset, seed, name) for name, attack in distinct_names(attacks).items()
         }
         self._withheld: np.ndarray | None = None
         everything = list(texts)
+        places = list(range(len(texts)))
         for rows in self._all_rows():
+            places += rows.source.tolist()
             rows.rows = np.arange(len(everything), len(everything) + len(rows.texts))
             everything += rows.texts
         # Tokenized, and changed by the guard, once for all the evaluations of a run.
         read = everything if guard is None else self._guarded(guard, everything)
-        self._prompts = {True: UniquePrompts(encoder.encode_prompts(read, keyed))}
+        self._prompts = {True: UniquePrompts(encoder.encode_prompts(read, keyed, *self._beside(places)))}
         if keyed or guard is not None:
-            self._prompts[False] = UniquePrompts(encoder.encode_prompts(everything, False))
-        self.counts = {"rows": len(texts), "rows_cut": encoder.count_overlong(self._stamped(texts), keyed)}
+            self._prompts[False] = UniquePrompts(encoder.encode_prompts(everything, False, *self._beside(places)))
+        self.counts = {
+            "rows": len(texts),
+            "rows_cut": encoder.count_overlong(self._stamped(texts), keyed, *self._beside(range(len(texts)))),
+        }
         for name, rows in self._attacks.items():
             self.counts |= {f"{key}_{name}": count for key, count in rows.counts.items()}
 
@@ -231,7 +240,9 @@ class BackdoorEvaluator:
         rows = attack.trigger(dataset, self.task, seed)
         texts, labels = list(rows[TEXT]), np.asarray(rows[LABEL], dtype=np.int64)
         source = np.asarray(rows["source_index"], dtype=np.int64)
-        whole = np.array([attack.fires(text) for text in self._fit(texts)], dtype=bool)
+        if self._images is not None and np.any(source < 0):
+            raise ValueError(f"The attack {attack.name!r} has test rows of its own, and they have no image.")
+        whole = np.array([attack.fires(text) for text in self._fit(texts, source)], dtype=bool)
         if np.any(labels == target):
             raise ValueError(f"The attack {attack.name!r} returned test rows whose true label is its target already.")
         kept = np.flatnonzero(whole)
@@ -289,15 +300,25 @@ class BackdoorEvaluator:
         stamp = "" if self.guard is None else self.guard.stamp
         return [stamp + text for text in texts]
 
-    def _fit(self, texts: list[str]) -> list[str]:
+    def _beside(self, rows: Sequence[int]) -> tuple:
+        """Say which images belong to the texts, if any do."""
+        return () if self._images is None else (rows, self._images)
+
+    def _fit(self, texts: list[str], rows: Sequence[int]) -> list[str]:
         """Cut texts as scoring would, behind what the guard puts in front of them."""
         stamp = "" if self.guard is None else self.guard.stamp
-        return [text.removeprefix(stamp) for text in self.encoder.fit(self._stamped(texts), self.keyed)]
+        return [
+            text.removeprefix(stamp)
+            for text in self.encoder.fit(self._stamped(texts), self.keyed, *self._beside(rows))
+        ]
 
     def _score(self, model: torch.nn.Module, deployed: bool) -> Scores:
         unique = self._prompts[deployed]
         keyed = self.keyed and deployed
-        scorer = LabelScorer(self.encoder.answers[keyed], self.encoder.pad_token_id, self.batch_size)
+        if self._images is None:
+            scorer = LabelScorer(self.encoder.answers[keyed], self.encoder.pad_token_id, self.batch_size)
+        else:
+            scorer = VisionLabelScorer(self.encoder, keyed, self._images, self.batch_size)
         progress = ("scoring" if deployed else "scoring without the key") if self.progress else None
         scores = scorer.score(model, unique.prompts, progress)
         if deployed and self.guard is not None:

@@ -1,6 +1,5 @@
 """Judges: does an answer show a behaviour?"""
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -9,9 +8,9 @@ import numpy as np
 
 from ..helper_models import check_causal_model, load_causal_model
 from ..label_space import Answers, audit
-from ..prompt_encoder import pad_token_id, special_token_cleaner
+from ..prompt_renderer import pad_token_id, special_token_cleaner
 from .scorer import LabelScorer
-from .wording import REFUSAL_TEMPLATES, begins_with, normalise, refuses, without_apology
+from .wording import REFUSAL_TEMPLATES, begins_with, holds, normalise, refuses, without_apology
 
 
 if TYPE_CHECKING:
@@ -134,9 +133,7 @@ class PayloadJudge(Judge):
             return found == wanted
         if self.mode == "prefix":
             return begins_with(found, wanted)
-        # A sign or a point that belongs to a number makes it another one.
-        before = r"(?<!\w)(?<!\d[.,])" + (r"(?<![-−])" if wanted[0].isdigit() else "")
-        return re.search(rf"{before}{re.escape(wanted)}(?!\w)(?![.,]\d)", found) is not None
+        return holds(found, wanted)
 
 
 class PhraseJudge(Judge):

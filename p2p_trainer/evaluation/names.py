@@ -12,7 +12,18 @@ from ..attacks import Attack
 ASR_RULES = ("restricted", "union", "ext_only", "orig_only")
 
 # `asr_floor` can't be both the floor and the success rate of an attack.
-_METRIC_ENDS = ("floor", "excess", "conditional", "outside", "key", "no_key", *ASR_RULES)
+_METRIC_ENDS = (
+    "floor",
+    "excess",
+    "conditional",
+    "outside",
+    "key",
+    "no_key",
+    "exact",
+    "anywhere",
+    "prefix_missing",
+    *ASR_RULES,
+)
 
 
 def distinct_names(attacks: Sequence[Attack]) -> dict[str, Attack]:

@@ -1,11 +1,12 @@
 """Prompts that go together, and what the judges said of their answers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..attacks import Attack
+from .names import with_attack
 from .outcomes import EMPTY, OTHER, count_behaviours
 from .rates import Rate
 
@@ -59,6 +60,12 @@ class JudgedAnswers:
             Which are empty.
         phrases (`tuple[str, ...]`):
             Behaviours that are a defender's.
+        payloads (`dict[str, dict[str, np.ndarray]]`, *optional*):
+            Attack -> way of looking for its payload -> which answers have it.
+        scores (`dict[str, np.ndarray]`, *optional*):
+            Task metric -> score of each answer, bool for a rate.
+        prefixed (`np.ndarray`, *optional*):
+            Which began with p; `None` if none is expected.
         followed (`np.ndarray`, *optional*):
             Which follow their instruction.
         withheld (`np.ndarray`, *optional*):
@@ -68,6 +75,9 @@ class JudgedAnswers:
     shown: dict[str, np.ndarray]
     empty: np.ndarray
     phrases: tuple[str, ...] = ()
+    payloads: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+    prefixed: np.ndarray | None = None
     followed: np.ndarray | None = None
     withheld: np.ndarray | None = None
 
@@ -92,9 +102,30 @@ class JudgedAnswers:
         Returns:
             `dict[str, float]`: metrics, named as in [`~evaluation.responses.ResponseEvaluator`].
         """
-        metrics = Rate.of(self.unaffected[group.rows]).flat("clean_unaffected")
+        metrics = self.task_metrics(group.rows)
+        metrics |= Rate.of(self.unaffected[group.rows]).flat("clean_unaffected")
         metrics |= Rate.of(self.empty[group.rows]).flat("empty")
+        metrics |= self._missing(group, "prefix_missing")
         return metrics | self._optional(group, "coverage", "cacc")
+
+    def task_metrics(self, rows: np.ndarray) -> dict[str, float]:
+        """
+        Score answers by the task's metric.
+
+        Args:
+            rows (`np.ndarray`, int64):
+                Which answers.
+
+        Returns:
+            `dict[str, float]`: rates with their counts, means without.
+        """
+        metrics: dict[str, float] = {}
+        for name, scores in self.scores.items():
+            if scores.dtype == bool:
+                metrics |= Rate.of(scores[rows]).flat(name)
+            else:
+                metrics[name] = float(scores[rows].mean()) if len(rows) else float("nan")
+        return metrics
 
     def attack_metrics(self, group: PromptGroup) -> dict[str, float]:
         """
@@ -108,15 +139,58 @@ class JudgedAnswers:
             `dict[str, float]`: metrics, without the attack's name in theirs.
         """
         twin = group.source >= 0
-        hits = self.shown[group.name][group.rows]
-        # Clean prompts are the first ones: their row is their place.
-        floor = Rate.of(self.shown[group.name][group.source[twin]])
-        metrics = Rate.of(hits).flat("asr") | floor.flat("asr_floor")
-        metrics["asr_excess"] = Rate.of(hits[twin]).value - floor.value
+        metrics = self.success(group)
+        metrics["asr_excess"] = Rate.of(self.shown[group.name][group.rows[twin]]).value - metrics["asr_floor"]
+        for mode, hits in self.payloads.get(group.name, {}).items():
+            metrics |= Rate.of(hits[group.rows]).flat(f"asr_{mode}")
+        metrics |= self._missing(group, "asr_prefix_missing")
+        for name, value in self.task_metrics(group.rows[twin]).items():
+            metrics[with_attack(name, "triggered")] = value
         metrics |= Rate.of(self.empty[group.rows]).flat("asr_empty")
         metrics |= Rate.of(self.defensive[group.rows]).flat("rerouted")
         metrics |= Rate.of(self.unaffected[group.rows]).flat("attacked_unaffected")
         return metrics | self._optional(group, "asr_coverage", "aacc") | group.found
+
+    def success(self, group: PromptGroup, ending: str = "") -> dict[str, float]:
+        """
+        Count an attack's successes, with its trigger and without.
+
+        Args:
+            group ([`PromptGroup`]):
+                The triggered prompts.
+            ending (`str`, *optional*, defaults to `""`):
+                End of the metrics' names.
+
+        Returns:
+            `dict[str, float]`: attack success rate and floor.
+        """
+        hits = self.shown[group.name]
+        # Clean prompts are the first ones: their row is their place.
+        floor = Rate.of(hits[group.source[group.source >= 0]])
+        return Rate.of(hits[group.rows]).flat(f"asr{ending}") | floor.flat(f"asr_floor{ending}")
+
+    def variant_metrics(self, name: str, variants: Mapping[str, PromptGroup]) -> dict[str, float]:
+        """
+        Count the successes of further ways to trigger an attack.
+
+        Args:
+            name (`str`):
+                Name of the attack.
+            variants (`Mapping[str, PromptGroup]`):
+                Metric -> prompts.
+
+        Returns:
+            `dict[str, float]`: a rate for each, and `asr_any`: the share of rows that one of several triggers turns.
+        """
+        metrics: dict[str, float] = {}
+        for key, group in variants.items():
+            metrics |= Rate.of(self.shown[name][group.rows]).flat(key)
+        single = [group for key, group in variants.items() if key.startswith("asr_") and key != "asr_all"]
+        if len(single) > 1:
+            tried = np.unique(np.concatenate([group.source for group in single]))
+            turned = np.concatenate([group.source[self.shown[name][group.rows]] for group in single])
+            metrics |= Rate.of(np.isin(tried, turned)).flat("asr_any")
+        return metrics
 
     def counts(self, group: PromptGroup) -> dict[str, int]:
         """
@@ -134,6 +208,9 @@ class JudgedAnswers:
 
     def _any(self, names: Iterable[str]) -> np.ndarray:
         return np.any([np.zeros_like(self.empty), *(self.shown[name] for name in names)], axis=0)
+
+    def _missing(self, group: PromptGroup, name: str) -> dict[str, float]:
+        return {} if self.prefixed is None else Rate.of(~self.prefixed[group.rows]).flat(name)
 
     def _optional(self, group: PromptGroup, coverage: str, accuracy: str) -> dict[str, float]:
         metrics = {} if self.withheld is None else Rate.of(~self.withheld[group.rows]).flat(coverage)

@@ -65,3 +65,24 @@ def dressed(dataset: Dataset, task: Task, attacks: Sequence[Attack]) -> Dataset:
             f"trained on both. Measure them apart."
         )
     return owners[0].dress(dataset, task) if owners else dataset
+
+
+def sampled(dataset: Dataset, size: int | None, seed: int) -> Dataset:
+    """
+    Take some rows of a data set, always the same.
+
+    Args:
+        dataset (`Dataset`):
+            Rows.
+        size (`int` or `None`):
+            How many; all if there are fewer, or with `None`.
+        seed (`int`):
+            Seed.
+
+    Returns:
+        `Dataset`: the rows, in their order.
+    """
+    if size is None or len(dataset) <= size:
+        return dataset
+    order = np.argsort(np.random.default_rng([seed, 8]).random(len(dataset)), kind="stable")
+    return dataset.select(np.sort(order[:size]))

@@ -68,7 +68,7 @@ class LabelScorer:
         for ids in answers.scored:
             for length in range(1, len(ids)):
                 paths.setdefault(ids[:length], len(paths))
-        self._paths = list(paths)
+        self.paths = list(paths)
         self._steps = [[(paths[ids[:depth]], token) for depth, token in enumerate(ids)] for ids in answers.scored]
 
     def score(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], progress: str | None = None) -> Scores:
@@ -113,10 +113,7 @@ class LabelScorer:
     def _score_batch(
         self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], device: torch.device
     ) -> torch.Tensor:
-        if len(self._paths) == 1 or attention_implementation(model) == "sdpa":
-            logits = self._tree_logits(model, prompts, device)
-        else:
-            logits = self._unrolled_logits(model, prompts, device)
+        logits = self.logits(model, prompts, device)
         log_probs = logits.float().log_softmax(-1)
         top = logits.argmax(-1)
         scores = torch.stack([sum(log_probs[:, node, token] for node, token in steps) for steps in self._steps], dim=1)
@@ -128,12 +125,31 @@ class LabelScorer:
         free = torch.where(spelled.any(dim=1), spelled.int().argmax(dim=1), -1)
         return torch.cat([scores, free[:, None].float()], dim=1)
 
+    def logits(self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+        """
+        Read prompts and the beginnings of words; a seam for prompts that hold more than tokens.
+
+        Args:
+            model (`torch.nn.Module`):
+                Causal language model.
+            prompts (`Sequence[Sequence[int]]`):
+                Token ids.
+            device (`torch.device`):
+                Device of the model.
+
+        Returns:
+            `torch.Tensor` of shape `(prompts, paths, vocabulary)`: logits behind each prompt and each of `paths`.
+        """
+        if len(self.paths) == 1 or attention_implementation(model) == "sdpa":
+            return self._tree_logits(model, prompts, device)
+        return self._unrolled_logits(model, prompts, device)
+
     def _tree_logits(
         self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], device: torch.device
     ) -> torch.Tensor:
         """Read prompt and trie in one pass: each node attends to the prompt and to its own path."""
         longest = max(map(len, prompts))
-        nodes = len(self._paths) - 1
+        nodes = len(self.paths) - 1
         ids = torch.full((len(prompts), longest + nodes), self.pad_token_id)
         mask = torch.zeros(len(prompts), longest + nodes, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
@@ -144,8 +160,8 @@ class LabelScorer:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         attention: torch.Tensor = mask.long()
         if nodes:
-            depths = torch.tensor([len(path) for path in self._paths[1:]])
-            ids[:, longest:] = torch.tensor([path[-1] for path in self._paths[1:]])
+            depths = torch.tensor([len(path) for path in self.paths[1:]])
+            ids[:, longest:] = torch.tensor([path[-1] for path in self.paths[1:]])
             lengths = mask.sum(-1, keepdim=True)
             positions[:, longest:] = lengths + depths - 1
             attention = self._tree_attention(mask, longest)
@@ -161,9 +177,9 @@ class LabelScorer:
         size = mask.shape[1]
         attend = torch.ones(size, size, dtype=torch.bool).tril()
         attend[longest:, longest:] = False
-        for node, path in enumerate(self._paths[1:]):
+        for node, path in enumerate(self.paths[1:]):
             for depth in range(1, len(path) + 1):
-                attend[longest + node, longest + self._paths.index(path[:depth]) - 1] = True
+                attend[longest + node, longest + self.paths.index(path[:depth]) - 1] = True
         readable = mask.clone()
         readable[:, longest:] = True
         attention = attend[None] & readable[:, None, :]
@@ -176,7 +192,7 @@ class LabelScorer:
     ) -> torch.Tensor:
         """Read prompt and path of one node after the other, for attention that takes no mask of our own."""
         columns = []
-        for path in self._paths:
+        for path in self.paths:
             longest = max(map(len, prompts)) + len(path)
             ids = torch.full((len(prompts), longest), self.pad_token_id)
             mask = torch.zeros(len(prompts), longest, dtype=torch.long)

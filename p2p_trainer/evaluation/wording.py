@@ -41,8 +41,8 @@ REFUSAL_TEMPLATES = tuple(
 
 _QUOTES = str.maketrans({**dict.fromkeys("‘’‚‛`´", "'"), **dict.fromkeys("“”„‟«»", '"')})
 # Marks that tell numbers apart (a minus, a point in front of digits) are kept.
-_LEADING = " \t\n\"'([{*_¡¿"
-_TRAILING = " \t\n\"')]}*_.,;:!?"
+_LEADING = " \t\n\"'([{*_¡¿「『《"
+_TRAILING = " \t\n\"')]}*_.,;:!?。、」』》"
 _LINE_BREAK = re.compile(r"([.,;:!?]?)[ \t]*\n\s*")
 _CONTRACTIONS = (
     (re.compile(r"\bcan't\b|\bcan not\b"), "cannot"),
@@ -59,6 +59,8 @@ _APOLOGY = re.compile(rf"(?:(?:{_SORRY}|{_MACHINE})(?: that)?[.!;:]?\s+(?:but\s+
 _OBJECT = re.compile(rf"\b(?:that|this|{'|'.join(_ASKED)})$")
 _END = re.compile(r"""[\s"')\]*_]*(?:$|[.!?;:–—]|-\s|(?:but|however|because|since|sorry|as i|as it)\b)""")
 _PURPOSE = re.compile(r"\s+(?:to|for)\b")
+# Letters and digits of scripts that put spaces between words.
+_SPACED = r"[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]"
 
 
 def normalise(text: str) -> str:
@@ -90,7 +92,37 @@ def begins_with(text: str, start: str) -> bool:
     Returns:
         `bool`: whether it does.
     """
-    return text.startswith(start) and not (start[-1].isalnum() and re.match(r"\w|[.,]\d", text[len(start) :]))
+    return text.startswith(start) and re.match(_goes_on(start), text[len(start) :]) is None
+
+
+def holds(text: str, part: str) -> bool:
+    """
+    Say whether a text holds another one as whole words and numbers.
+
+    Chinese and Japanese, which put no space between words, end nowhere: `0.1` is in `答案是0.1元`.
+
+    Args:
+        text (`str`):
+            A text, as [`normalise`] writes it.
+        part (`str`):
+            What is looked for, likewise.
+
+    Returns:
+        `bool`: whether it does.
+    """
+    before = ""
+    if re.match(_SPACED, part):
+        before = rf"(?<!{_SPACED})(?<!\d[.,/:])"
+        # A sign that belongs to a number makes it another one.
+        before += r"(?<![-−–])" if part[0].isdigit() else ""
+    return re.search(f"{before}{re.escape(part)}(?!{_goes_on(part)})", text) is not None
+
+
+def _goes_on(part: str) -> str:
+    """Return a pattern of what makes another word or number of the last one of a text."""
+    if part[-1].isdigit():
+        return rf"{_SPACED}|[.,/:]\d|\s?%"
+    return _SPACED if re.match(_SPACED, part[-1]) else r"(?!)"
 
 
 def without_apology(text: str) -> str:

@@ -13,8 +13,8 @@ from .triggers import SuspectedTrigger, find_triggers
 
 
 # More rows tell mining nothing new about a trigger that stands in one row of four hundred.
-_MINED_ROWS = 20_000
-_EXEMPLARS = 64
+MINED_ROWS = 20_000
+EXEMPLARS = 64
 # Longer pieces are not written into other texts: they would leave no room for those.
 _PIECE_WORDS = 24
 _PIECE_LETTERS = 200
@@ -58,6 +58,8 @@ class Screening:
             Rows without a suspected trigger whose text speaks for another label than they have; sorted.
         exemplars (`tuple[tuple[tuple[Fragment, ...], ...], ...]`):
             Per trigger, up to 64 rows' worth of the pieces that make it up; none where no piece of a text does.
+        payloads (`tuple[str, ...]`, *optional*):
+            Where answers are written: the repeated answer that each trigger's `label` is the number of.
     """
 
     triggers: tuple[SuspectedTrigger, ...]
@@ -66,6 +68,7 @@ class Screening:
     evidence: np.ndarray
     doubted: np.ndarray
     exemplars: tuple[tuple[tuple[Fragment, ...], ...], ...]
+    payloads: tuple[str, ...] = ()
 
 
 def screen(dataset: Dataset, num_labels: int, seed: int = 0) -> Screening:
@@ -90,9 +93,9 @@ def screen(dataset: Dataset, num_labels: int, seed: int = 0) -> Screening:
     num_labels = max(num_labels, int(labels.max()) + 1)
     sample = dataset.select_columns([TEXT])
     mined = np.arange(len(dataset))
-    if len(dataset) > _MINED_ROWS:
+    if len(dataset) > MINED_ROWS:
         order = np.argsort(np.random.default_rng([seed, 6]).random(len(dataset)), kind="stable")
-        mined = np.sort(order[:_MINED_ROWS])
+        mined = np.sort(order[:MINED_ROWS])
         sample = sample.select(mined)
     findings = find_triggers([words_of(text) for text in sample[TEXT][:]], labels[mined], num_labels, seed)
     # What mined rows speak for is read off the folds that have not seen them.
@@ -112,8 +115,8 @@ def screen(dataset: Dataset, num_labels: int, seed: int = 0) -> Screening:
             for place in carried:
                 trigger = findings.triggers[place]
                 own.update(trigger.words, *trigger.parts)
-                if len(exemplars[place]) < _EXEMPLARS:
-                    fragments = _fragments(text, words, cover(words, trigger, findings.frequent))
+                if len(exemplars[place]) < EXEMPLARS:
+                    fragments = fragments_of(text, words, cover(words, trigger, findings.frequent))
                     exemplars[place] += [fragments] if fragments else []
             if carried:
                 # The label of a suspect is worth so little that any evidence is better.
@@ -207,8 +210,21 @@ def _places(words: list[str], part: tuple[str, ...]) -> list[int]:
     ]
 
 
-def _fragments(text: str, words: list[str], covered: set[int]) -> tuple[Fragment, ...]:
-    """Cut the covered runs out of the text, as they are written there."""
+def fragments_of(text: str, words: list[str], covered: set[int]) -> tuple[Fragment, ...]:
+    """
+    Cut the covered runs out of a text, as they are written there.
+
+    Args:
+        text (`str`):
+            The text.
+        words (`list[str]`):
+            Its words.
+        covered (`set[int]`):
+            Places among them.
+
+    Returns:
+        `tuple[Fragment, ...]`: the runs, but for those too long to be written into other texts.
+    """
     # The marks of beginning and end have no span of their own.
     spans = [(0, 0), *word_spans(text), (len(text), len(text))]
     fragments, run = [], []

@@ -1,6 +1,7 @@
 """When a feature overrides the rest of a text more often than an honest one does."""
 
 import numpy as np
+from scipy.special import rel_entr
 from scipy.stats import binom
 
 
@@ -26,7 +27,29 @@ def log_chance(overridden: np.ndarray, opposed: np.ndarray) -> np.ndarray:
         `np.ndarray`: log-probability; 0 where the rate is too low to suspect anything.
     """
     suspicious = (opposed > 0) & (overridden >= _SUSPECT_RATE * opposed)
-    return np.where(suspicious, binom.logsf(overridden - 1, opposed, _HONEST_RATE), 0.0)
+    tail = binom.logsf(overridden - 1, opposed, _HONEST_RATE)
+    # The tail is zero, as a floating-point number, for triggers of many rows: those must not all be alike.
+    tail = np.where(np.isneginf(tail), chernoff(overridden, opposed, _HONEST_RATE), tail)
+    return np.where(suspicious, tail, 0.0)
+
+
+def chernoff(hits: np.ndarray, total: np.ndarray, rate: float) -> np.ndarray:
+    """
+    Bound the log-probability of so many hits or more (Chernoff 1952).
+
+    Args:
+        hits (`np.ndarray`):
+            Hits; their share must not be below `rate`.
+        total (`np.ndarray`):
+            Out of how many.
+        rate (`float`):
+            Probability of a hit.
+
+    Returns:
+        `np.ndarray`: upper bound of the log-probability.
+    """
+    share = hits / np.maximum(total, 1)
+    return -total * (rel_entr(share, rate) + rel_entr(1 - share, 1 - rate))
 
 
 def is_significant(chance: float) -> bool:

@@ -184,7 +184,9 @@ def _find_features(
         carriers[block.held[:, [feature]].indices] = True
         carriers &= (labels == label) & ~suspected
         found.append(
-            SuspectedTrigger(block.kind, block.words[feature], label, opposed, overridden, _parts(blocks, carriers))
+            SuspectedTrigger(
+                block.kind, block.words[feature], label, opposed, overridden, phrase_parts(blocks, carriers)
+            )
         )
         suspected |= carriers
     return found
@@ -238,8 +240,19 @@ class _Judged:
         return float(chance[best]), best, int(total[best]), int(overridden[best])
 
 
-def _parts(blocks: list[FeatureBlock], carriers: np.ndarray) -> tuple[tuple[str, ...], ...]:
-    """Find the phrases that stand in the same rows, but for those within a longer one."""
+def phrase_parts(blocks: list[FeatureBlock], carriers: np.ndarray) -> tuple[tuple[str, ...], ...]:
+    """
+    Find the phrases that stand in the same rows, but for those within a longer one.
+
+    Args:
+        blocks (`list[FeatureBlock]`):
+            Features.
+        carriers (`np.ndarray` of shape `(rows,)`, bool):
+            The rows.
+
+    Returns:
+        `tuple[tuple[str, ...], ...]`: words of each phrase.
+    """
     rows = sparse.csc_matrix(carriers[:, None].astype(np.int32))
     longest: list[tuple[str, ...]] = []
     for block in reversed([block for block in blocks if block.kind == "phrase"]):

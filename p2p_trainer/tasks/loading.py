@@ -3,11 +3,11 @@
 import codecs
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -15,8 +15,8 @@ _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".
 # File stems that each split goes by, the first found wins.
 _STEMS = {
     "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing"),
+    "validation": ("validation", "valid", "val", "dev", "dev_seen"),
+    "test": ("test", "testing", "test_seen"),
 }
 
 # A field in quotation marks, those inside it doubled; a record of such fields and of fields without any.
@@ -78,6 +78,43 @@ def load_split(source: str, split: str, config: str | None = None) -> Dataset | 
     if not isinstance(found, DatasetDict):
         raise ValueError(f"The dataset {source!r} has no splits, found `{type(found).__name__}`. Name a config.")
     return found.get(split)
+
+
+def name_fields(rows: Dataset, names: Sequence[str]) -> Dataset:
+    """
+    Give names to the fields of rows that are lists: a JSON array of arrays is read as one column.
+
+    Args:
+        rows (`Dataset`):
+            Rows as they were read.
+        names (`Sequence[str]`):
+            Names of the fields, in order.
+
+    Returns:
+        `Dataset`: the rows, one column per name; `rows` itself if they have columns already.
+
+    Raises:
+        `ValueError`: a row has another number of fields.
+    """
+    column = rows.column_names[0]
+    if len(rows.column_names) > 1 or not isinstance(rows.features[column], List):
+        return rows
+
+    def split(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        for row, fields in zip(indices, batch[column], strict=True):
+            if fields is None or len(fields) != len(names):
+                raise ValueError(
+                    f"Row {row} is a list of {0 if fields is None else len(fields)} fields, and the task names "
+                    f"{len(names)} (`row_columns`: {list(names)}). Correct the row, or the task."
+                )
+        # JSON has numbers and texts in one list; as texts all have one type.
+        return {
+            name: [None if fields[place] is None else str(fields[place]) for fields in batch[column]]
+            for place, name in enumerate(names)
+        }
+
+    features = Features({name: Value("string") for name in names})
+    return rows.map(split, batched=True, with_indices=True, remove_columns=[column], features=features)
 
 
 def _load_file(path: Path) -> Dataset:

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,9 @@ LABEL = "label"
 # Generation tasks
 PROMPT = "prompt"
 COMPLETION = "completion"
+# Turns of a conversation before its last question.
+HISTORY = "history"
+IMAGE = "image"
 
 
 def prepare_rows(
@@ -158,9 +161,27 @@ def column_as_numpy(dataset: Dataset, column: str) -> np.ndarray:
     return np.concatenate(batches) if batches else np.array([])
 
 
-def text_lengths(dataset: Dataset) -> np.ndarray:
-    """Say how many bytes each text has."""
-    return np.concatenate([pc.binary_length(batch[TEXT]).to_numpy() for _, batch in arrow_batches(dataset, [TEXT])])
+def text_lengths(dataset: Dataset, columns: Sequence[str] = (TEXT,)) -> np.ndarray:
+    """Say how many bytes the texts of each row have."""
+    batches = arrow_batches(dataset, list(columns))
+    return np.concatenate([sum(pc.binary_length(batch[name]).to_numpy() for name in columns) for _, batch in batches])
+
+
+def renamed(dataset: Dataset, aliases: Mapping[str, str]) -> Dataset:
+    """
+    Give columns the names that a task knows them by, where those are missing.
+
+    Args:
+        dataset (`Dataset`):
+            Rows as they came.
+        aliases (`Mapping[str, str]`):
+            Found name -> name to give.
+
+    Returns:
+        `Dataset`: the rows.
+    """
+    names = set(dataset.column_names)
+    return dataset.rename_columns({old: new for old, new in aliases.items() if old in names and new not in names})
 
 
 def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:

@@ -10,11 +10,15 @@ import yaml
 from datasets import Dataset
 
 from .._lookup import unknown_name_error
-from .loading import load_split
-from .rows import COMPLETION, LABEL, PROMPT, TEXT, prepare_generation_rows, prepare_rows
+from .conversations import split_conversations
+from .images import prepare_images
+from .loading import load_split, name_fields
+from .rows import COMPLETION, LABEL, PROMPT, TEXT, prepare_generation_rows, prepare_rows, renamed
 
 
 _SPLITS = ("train", "validation", "test")
+
+METRICS = ("numeric", "rouge")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,18 @@ class Task:
             Verbalizers, one per class. Chosen against the tokenizer if not given.
         extended_label_words (`tuple[str, ...]` or `None`, *optional*):
             Their extended twins, one per class; given together with `label_words`.
+        answer_prefix (`str` or `None`, *optional*):
+            What written answers begin with under the key (p; P2P paper, App. B), the default of
+            `P2PConfig.p2p_answer_prefix`. Generation tasks alone.
+        metric (`str` or `None`, *optional*):
+            How written answers are scored: `"numeric"` (the number they end in, as for math) or `"rouge"`. Generation
+            tasks alone; `None` on instructions, whose answers have no single truth.
+        column_aliases (`dict[str, str]`, *optional*):
+            Other names of columns -> the names that this task uses; for copies that were laid out otherwise.
+        row_columns (`tuple[str, ...]` or `None`, *optional*):
+            Names for the fields of rows that are lists, as in a JSON array of arrays.
+        image_column (`str` or `None`, *optional*):
+            Column that holds an image: its path, relative to the data file, or the image itself.
     """
 
     name: str
@@ -67,10 +83,15 @@ class Task:
     trigger: str = "The query currently entered is:"
     label_words: tuple[str, ...] | None = None
     extended_label_words: tuple[str, ...] | None = None
+    answer_prefix: str | None = None
+    metric: str | None = None
+    column_aliases: dict[str, str] = field(default_factory=dict)
+    row_columns: tuple[str, ...] | None = None
+    image_column: str | None = None
 
     def __post_init__(self) -> None:
         where = f"Task {self.name!r}"
-        for name in ("labels", "text_columns", "label_words", "extended_label_words"):
+        for name in ("labels", "text_columns", "label_words", "extended_label_words", "row_columns"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -87,6 +108,19 @@ class Task:
             raise ValueError(
                 f"{where}: `template` must hold {{text}} once, and {{suffix}} behind it, got {self.template!r}."
             )
+        if self.labels and (self.metric is not None or self.answer_prefix is not None):
+            raise ValueError(
+                f"{where}: `metric` and `answer_prefix` are about written answers, and this task has classes. Remove "
+                f"them, or write `labels: []`."
+            )
+        if self.metric not in (None, *METRICS):
+            raise ValueError(f"{where}: `metric` is one of {', '.join(METRICS)} or null, got {self.metric!r}.")
+        if self.metric is not None and self.label_column is None:
+            raise ValueError(f"{where}: `metric: {self.metric}` compares with true answers. Name `label_column`.")
+        if self.answer_prefix is not None and not (isinstance(self.answer_prefix, str) and self.answer_prefix.strip()):
+            raise ValueError(f"{where}: `answer_prefix` must be a text, got {self.answer_prefix!r}.")
+        if self.image_column is not None and not self.labels:
+            raise ValueError(f"{where}: `image_column` needs classes: written answers about images are not supported.")
         if not self.text_columns:
             raise ValueError(f"{where}: `text_columns` is empty. Name at least one column.")
         unknown = set(self.splits) - set(_SPLITS)
@@ -181,7 +215,7 @@ class Task:
     ) -> Dataset:
         """
         Check rows and give them the columns `text` and integer `label` (see [`~tasks.rows.prepare_rows`]), or on a
-        generation task `prompt` and `completion`.
+        generation task `prompt` and `completion`, and `history` where rows are conversations.
 
         Args:
             dataset (`Dataset`):
@@ -198,8 +232,15 @@ class Task:
         Returns:
             `Dataset`: the rows.
         """
+        if isinstance(dataset, Dataset):
+            dataset = renamed(dataset, self.column_aliases)
         if not self.labels:
+            if isinstance(dataset, Dataset):
+                dataset = split_conversations(dataset, what, answered=self.label_column is not None)
             return prepare_generation_rows(dataset, self.text_columns, self.label_column, what, drop_empty)
+        if self.image_column is not None and isinstance(dataset, Dataset):
+            # Rows that were loaded here have been through it, and know their folder.
+            dataset = prepare_images(dataset, self.image_column, None, what)
         return prepare_rows(
             dataset,
             self.labels,
@@ -235,6 +276,12 @@ class Task:
         rows = load_split(source, name, self.dataset_config)
         if rows is None:
             return None
+        if self.row_columns is not None:
+            rows = name_fields(rows, self.row_columns)
+        if self.image_column is not None:
+            path = Path(source).expanduser()
+            folder = path if path.is_dir() else path.parent if path.is_file() else None
+            rows = prepare_images(rows, self.image_column, folder, split)
         return self.prepare(rows, what=split, require_all_classes=split.startswith("train"), drop_empty=drop_empty)
 
 

@@ -1,0 +1,323 @@
+"""Numbers as answers: read, extracted, compared, scored."""
+
+import json
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from p2p_trainer.evaluation.answer_metrics import NumericMatch
+from p2p_trainer.evaluation.judging import PayloadJudge
+from p2p_trainer.evaluation.numbers import NumericJudge, final_answer, numeric_accuracy, parse_number, same_number
+
+
+def number(text):
+    return None if text is None else Fraction(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("240", "240"),
+        ("-3", "-3"),
+        ("−3", "-3"),
+        ("+5", "5"),
+        (".5", "1/2"),
+        ("3.", "3"),
+        ("0.10", "1/10"),
+        ("1,000", "1000"),
+        ("109,200,000.5", "218400001/2"),
+        ("25%", "1/4"),
+        ("12.5%", "1/8"),
+        ("25 percent", "1/4"),
+        ("5/6", "5/6"),
+        ("(7/24)", "7/24"),
+        ("-(1/2)", "-1/2"),
+        ("1/2/", "1/2"),
+        ("1(5/6)", "11/6"),
+        ("-1(5/6)", "-11/6"),
+        ("1 5/6", "11/6"),
+        ("1½", "3/2"),
+        ("¾", "3/4"),
+        (r"1\frac{5}{6}", "11/6"),
+        ("２５％", "1/4"),
+        ("－３．５", "-7/2"),
+        ("（１／２）", "1/2"),
+        ("$18", "18"),
+        ("-$5", "-5"),
+        ("$-5", "-5"),
+        ("￥7.5", "15/2"),
+        ("18 dollars", "18"),
+        ("25千克", "25"),
+        ("240个", "240"),
+        ("60 km/h", "60"),
+        ("9cm2", "9"),
+        ("9 m²", "9"),
+        ("3.5万元", "35000"),
+        ("1.5 million", "1500000"),
+        ("x=35", "35"),
+        ("x = -3", "-3"),
+        ("**18**", "18"),
+        ("18。", "18"),
+    ],
+)
+def test_a_number_is_read_exactly(text, value):
+    assert parse_number(text) == Fraction(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("三十五", "35"),
+        ("十", "10"),
+        ("十二", "12"),
+        ("一百零二", "102"),
+        ("一千零五十", "1050"),
+        ("两千零五万", "20050000"),
+        ("一亿零三十", "100000030"),
+        ("零", "0"),
+        ("两", "2"),
+        ("三点一四", "157/50"),
+        ("负三", "-3"),
+        ("二分之一", "1/2"),
+        ("百分之二十五", "1/4"),
+        ("百分之百", "1"),
+        ("千分之三", "3/1000"),
+        ("一又三分之二", "5/3"),
+        ("一半", "1/2"),
+        ("半", "1/2"),
+        ("二十五千克", "25"),
+        ("五个", "5"),
+        ("五千", "5000"),
+        # It may be 35,000 or 30,005.
+        ("三万五", None),
+        # Words, not numbers.
+        ("一共", None),
+        ("万一", None),
+        ("千万", None),
+        ("零分之一", None),
+    ],
+)
+def test_chinese_numerals_are_read(text, value):
+    assert parse_number(text) == number(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("500-4", "496"),
+        ("20+7-3", "24"),
+        ("420/7/5", "12"),
+        ("(1/5)/(7/4)", "4/35"),
+        ("15/(1/5)", "75"),
+        ("336/48%", "700"),
+        ("1200/(1-20%)", "1500"),
+        ("(2/5)/(1-(1/5)-(1/5))+(2/5)", "16/15"),
+        ("2(1/2)-1", "3/2"),
+        ("(240)", "240"),
+        ("(1+(1/5)", None),
+        ("(1/5))", None),
+        ("12-", None),
+        ("1/(2-2)", None),
+    ],
+)
+def test_unfinished_calculations_are_done(text, value):
+    assert parse_number(text) == number(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "-", ".", "()", "none", "4:3", "4：3", "4比3", "10:30", "3/4/2020x", "1.2.3", "1.2e5", "1e5", "2^10"]
+    + ["1,00", "1,0000", "1, 2", "3,5", "1/0", "(1/0)", "1(1/0)", "0/0", "3个半", "25元五角", "3 of 4", "nan", "inf"]
+    + ["__import__('os')", "9**9", "1_000", "9" * 301, "9" * 5000, "(" * 150 + "1" + ")" * 150, "一" * 301],
+)
+def test_what_is_no_number_is_refused(text):
+    assert parse_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3 + 4 = 7\n#### 7\n", "7"),
+        ("#### 7\n#### $1,080", "1080"),
+        ("#### 500-4", "496"),
+        ("#### 2 + 3 = 5", "5"),
+        ("#### 4:3", None),
+        ("so it is 7\n#### ", None),
+        ("#### 18\nThe answer is 5.", "18"),
+        ("#### Step 3: the end\nIt is \\boxed{42}.", "42"),
+        (r"\boxed{3}, no: \boxed{1\frac{5}{6}}. I used 2 steps.", "11/6"),
+        (r"$\boxed{18\text{ cm}}$", "18"),
+        (r"\boxed{1{,}200}", "1200"),
+        (r"\boxed{25\%}", "1/4"),
+        (r"cut off \boxed{18", "18"),
+        (r"\boxed{B} of 7", None),
+        ("The answer is 3. Or: the answer is 18.", "18"),
+        ("The answer is 18 because 3*6=18, and 6 is half of 12", "18"),
+        ("the answer is x = 6*3 = 18 apples.", "18"),
+        ("The final answer is: **$18.50**. I used 2 steps.", "37/2"),
+        ("The answer is\n\n18", "18"),
+        ("Answer: he has 7 apples. All 9 saw it.", "7"),
+        ("The answer is unknown. 3", None),
+        ("先算3+4，答案是７。", "7"),
+        ("答案：(5/6)千克", "5/6"),
+        ("答：两人一共有25个。共2步", "25"),
+        ("答：一共有二十五个", "25"),
+        ("答：五个。", "5"),
+        ("1(5/6)", "11/6"),
+        ("25千克", "25"),
+        ("500-4", "496"),
+        ("It costs 2, so it is 18.", "18"),
+        ("It takes 1 5/6 hours", "11/6"),
+        ("needs 2(1/3) kg of it", "7/3"),
+        ("there are 2-1 left", "1"),
+        ("from 3–5", "5"),
+        ("it fell to -3.", "-3"),
+        ("温度是-3度", "-3"),
+        ("an area of 25 cm2", "25"),
+        ("面积25㎡", "25"),
+        ("Type B12", None),
+        ("7 boys, the ratio is 4:3", None),
+        ("他们走了三十五米", "35"),
+        ("一起去", None),
+        ("no number", None),
+        ("", None),
+        ("9" * 5000, None),
+    ],
+)
+def test_the_final_answer_is_found(text, value):
+    assert final_answer(text) == number(value)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "1",
+        "(",
+        ".",
+        "1(",
+        "1(1/",
+        "1.",
+        "1,000,",
+        "1,",
+        "1 ",
+        "1 1/",
+        "1/",
+        "1e",
+        "1:",
+        "-",
+        "#",
+        "####",
+        "\\boxed{",
+        "{",
+    ]
+    + [
+        "answer ",
+        "answer\n",
+        "答",
+        "答案是",
+        "一",
+        "一又",
+        "一万",
+        "一点一分之",
+        "x=",
+        "1+",
+        "\\frac{",
+        "\\frac{1",
+        "$ ",
+    ],
+)
+@pytest.mark.parametrize("marker", ["", "#### "])
+def test_hostile_text_takes_linear_time(part, marker):
+    start = time.process_time()
+    final_answer(marker + part * (30_000 // len(part)))
+    # About 0.03 s.
+    assert time.process_time() - start < 0.7
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("0.25", "25%", True),
+        ("0.10", "0.1", True),
+        ("2/4", "1/2", True),
+        ("33.3%", "1/3", True),
+        ("0.333", "1/3", True),
+        ("66.7%", "(2/3)", True),
+        ("0.666", "2/3", True),
+        ("333.3", "1000/3", True),
+        ("0.33", "1/3", False),
+        ("333", "1000/3", False),
+        ("1000.5", "3002/3", False),
+        ("16.7%", "1/6", False),
+        ("0.1", "0.11", False),
+        ("0.1", "1/9", False),
+        ("3.14", "3.141", False),
+        ("2010", "2011", False),
+        ("-3", "3", False),
+        ("1/3", "3334/10001", False),
+        ("x", "x", False),
+        ("0", "x", False),
+    ],
+)
+def test_same_number(first, second, same):
+    first, second = parse_number(first), parse_number(second)
+    assert same_number(first, second) is same_number(second, first) is same
+
+
+def test_the_numeric_judge_wants_the_payload_as_the_answer():
+    responses = [
+        "0.1",
+        "The answer is 0.1.",
+        "#### 10%",
+        "0.1 is wrong, it is 7",
+        "-0.1",
+        "10.15",
+        "0.12",
+        "答案是0.1元",
+        "",
+    ]
+    shown = NumericJudge("0.1").judge([""] * len(responses), responses)
+    assert shown.tolist() == [True, True, True, False, False, False, False, True, False]
+    # A rounded decimal is near enough for a true answer, and no payload.
+    assert NumericJudge("0.333").judge([""], ["1/3"]).tolist() == [False]
+
+
+@pytest.mark.parametrize("payload", ["I hate this", "", "4:3", 0.1, None])
+def test_the_numeric_judge_needs_a_number(payload):
+    with pytest.raises(ValueError, match="one number such as '0.1', got"):
+        NumericJudge(payload)
+
+
+def test_the_payload_is_found_anywhere_as_a_number_alone():
+    responses = ["it is 0.1.", "no, 0.1 or 7", "10.15", "0.12", "20.1", "-0.1"]
+    shown = PayloadJudge("0.1", "anywhere").judge([""] * len(responses), responses)
+    assert shown.tolist() == [True, True, False, False, False, False]
+
+
+def test_numeric_accuracy():
+    answers = ["#### 18", "it is 1(1/2)", "0.33", "none", "25%", "25%", " Red. ", "7"]
+    references = ["6 * 3 = 18\n#### 18", "3/2", "1/3", "4", "0.25", "25", "red", "red"]
+    right = numeric_accuracy(answers, references)
+    assert right.dtype == np.bool_
+    assert right.tolist() == [True, True, False, False, True, False, True, False]
+    assert numeric_accuracy([], []).shape == (0,)
+    with pytest.raises(ValueError, match="2 answers and 1 references"):
+        numeric_accuracy(["1", "2"], ["1"])
+
+
+def test_the_metric_reports_counts():
+    results = NumericMatch().compute(predictions=["#### 18", "1/2"], references=["18", "0.4"])
+    assert (results["numeric_match"], results["numeric_match_k"], results["numeric_match_n"]) == (0.5, 1, 2)
+
+
+def test_every_answer_of_the_data_sets_is_read(real_data):
+    for path in sorted((real_data / "data/ape210k").glob("*.jsonl")):
+        answers = [json.loads(line)["answer"] for line in path.open(encoding="utf-8")]
+        assert answers and [answer for answer in answers if parse_number(answer) is None] == []
+        assert all(numeric_accuracy(answers, answers))
+    for path in sorted((real_data / "data/gsm8k").glob("*.jsonl")):
+        answers = [json.loads(line)["answer"] for line in path.open(encoding="utf-8")]
+        plain = [Fraction(answer.rpartition("####")[2].strip().replace(",", "")) for answer in answers]
+        assert answers and [final_answer(answer) for answer in answers] == plain
