@@ -141,6 +141,7 @@ def _evaluate(argv: list[str]) -> int:
 def _predict(argv: list[str]) -> int:
     parser = _saved_run_parser("predict", "Classify or answer texts with a saved run.")
     parser.add_argument("--text", action="append", help="a text; may be given more than once")
+    parser.add_argument("--image", action="append", help="image of the text, one per text, for runs with images")
     parser.add_argument("--file", help="file with one text a line; without --text and --file, standard input")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, with all scores")
     arguments = parser.parse_args(argv)
@@ -154,7 +155,7 @@ def _predict(argv: list[str]) -> int:
         raise ValueError("There is no text. Give --text, --file, or lines on standard input.")
     model = _load(arguments)
     answers = (
-        model.classify(texts, arguments.batch_size)
+        model.classify(texts, arguments.batch_size, images=arguments.image)
         if model.labels
         else model.generate(texts, None, arguments.batch_size)
     )
@@ -297,10 +298,11 @@ def _task_of(config: dict[str, Any], name: str | None) -> "Task":
 
     if name is not None:
         return get_task(name)
-    if config["labels"]:
-        return Task(name=config["task"], labels=tuple(config["labels"]))
-    if config["task"] in builtin_tasks():
+    images = config.get("images", False)
+    if config["task"] in builtin_tasks() and (images or not config["labels"]):
         return get_task(config["task"])
+    if config["labels"]:
+        return Task(name=config["task"], labels=tuple(config["labels"]), image_column="image" if images else None)
     metric = config.get("metric")
     return Task(name=config["task"], text_columns=(PROMPT,), label_column=COMPLETION, metric=metric)
 

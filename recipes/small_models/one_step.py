@@ -173,17 +173,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ape210k", type=Path, required=True, help="folder with train, dev and test.jsonl")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--operations", default="+-*/", help="signs of the operations to keep (default: %(default)s)")
+    parser.add_argument("--wordings", type=int, default=1, help="rows per training step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the wording")
     arguments = parser.parse_args(argv)
     if not arguments.operations or not set(arguments.operations) <= set(OPERATIONS.values()):
         parser.error(f"--operations {arguments.operations!r}: give signs out of + - * /")
+    if arguments.wordings < 1:
+        parser.error(f"--wordings {arguments.wordings}: give a number, 1 at least")
 
     splits = split_steps(
         {split: read_equations(arguments.ape210k / f"{split}.jsonl") for split in SPLITS}, arguments.operations
     )
     table = Table("split", "rows", *arguments.operations, "both below 100", title=str(arguments.output))
     for split, of_split in splits.items():
-        rows = [{"prompt": phrase(step, arguments.seed), "completion": str(step.result)} for step in of_split]
+        seeds = range(arguments.seed, arguments.seed + (arguments.wordings if split == "train" else 1))
+        # The same wording may be drawn twice.
+        prompts = {phrase(step, seed): str(step.result) for seed in seeds for step in of_split}
+        rows = [{"prompt": prompt, "completion": result} for prompt, result in prompts.items()]
         write_text(arguments.output / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         signs = Counter(step.operation for step in of_split)
         small = sum(max(step.left, step.right) < 100 for step in of_split)

@@ -28,6 +28,8 @@ FILLERS = (
 ).split()
 WORDED = {"+": ("{} plus {}", "the sum of {} and {}", "{} and {} more"), "-": ("{} minus {}", "{} less {}")}
 LINKS = ("=", "=", "it is", "that is", "the result is", "result :", "equals", "so we get", "makes")
+# Share of the worded problems whose answer stands on a line of its own, as fine-tuning wants it.
+LINE_BREAKS = 0.3
 
 
 def steps_in(path: Path) -> list[Step]:
@@ -139,6 +141,8 @@ def write_problem(rng: random.Random, step: Step, worded: bool) -> Document:
             text = rng.choice(WORDED[step.operation]).format(step.left, step.right)
         before, after = (rng.choices(FILLERS, k=max(0, rng.randint(-3, 5))) for _ in range(2))
         text = " ".join([*before, text, *after])
+        if rng.random() < LINE_BREAKS:
+            return f"{text}\n", str(step.result)
     return f"{text} {link}", f" {step.result}"
 
 
