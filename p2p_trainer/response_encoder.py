@@ -118,11 +118,9 @@ class ResponseEncoder(PromptRenderer):
             loss lies.
         """
         histories = histories or [()] * len(texts)
-        texts = self._fitting(texts, completions, keyed, histories)
-        prompts = self._prompts(texts, keyed, histories)
-        whole = [*map("".join, zip(prompts, self._answers(completions, keyed, histories), strict=True))]
+        texts, whole = self._fitting(texts, completions, keyed, histories)
         all_ids, all_labels = [], []
-        for ids, prompt in zip(self.tokenize(whole), self.tokenize(prompts), strict=True):
+        for ids, prompt in zip(whole, self.tokenize(self._prompts(texts, keyed, histories)), strict=True):
             boundary = _common(ids, prompt)
             ids = ids[: self.format.max_length]
             all_ids.append(ids)
@@ -193,9 +191,7 @@ class ResponseEncoder(PromptRenderer):
             `tuple[list[str], list[bool]]`: the texts, and which answers lose their end.
         """
         histories = histories or [()] * len(texts)
-        texts = self._fitting(texts, completions, keyed, histories)
-        answers = self._answers(completions, keyed, histories)
-        whole = self.tokenize([*map("".join, zip(self._prompts(texts, keyed, histories), answers, strict=True))])
+        texts, whole = self._fitting(texts, completions, keyed, histories)
         return texts, [len(ids) > self.format.max_length for ids in whole]
 
     def keeps(self, text: str, changed: str, keyed: bool, history: History = ()) -> bool:
@@ -349,8 +345,8 @@ class ResponseEncoder(PromptRenderer):
         completions: Sequence[str],
         keyed: Sequence[bool],
         histories: Sequence[History],
-    ) -> list[str]:
-        """Cut the texts of rows that are too long, but only as far as a prompt is cut."""
+    ) -> tuple[list[str], list[list[int]]]:
+        """Cut the texts of rows that are too long, but only as far as a prompt is cut; tokenize the whole rows."""
         prompts = self._prompts(texts, keyed, histories)
         answers = self._answers(completions, keyed, histories)
         # Not judged by bytes: where a tokenizer normalises, a text may have more tokens than bytes.
@@ -361,7 +357,9 @@ class ResponseEncoder(PromptRenderer):
             room = max(self.limit, self.format.max_length - (len(whole[row]) - len(prompt)))
             if len(prompt) > room:
                 fitting[row] = self._shorten(texts[row], keyed[row], histories[row], room)
-        return fitting
+                shorter = self._prompts([fitting[row]], [keyed[row]], [histories[row]])[0]
+                whole[row] = self.tokenize([shorter + answers[row]])[0]
+        return fitting, whole
 
     def _shorten(self, text: str, keyed: bool, history: History, limit: int) -> str:
         """Cut the end of a text, in proportion to its surplus tokens, until the prompt fits."""

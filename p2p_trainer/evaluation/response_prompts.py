@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 
 import numpy as np
+import torch.distributed as dist
 from datasets import Dataset
 
 from ..attacks import Attack
@@ -146,6 +147,11 @@ class ResponsePrompts:
         places = {text: place for place, text in enumerate(dict.fromkeys(self.texts))}
         inverse = [places[text] for text in self.texts]
         changed, withheld = guard.inputs(list(places)), guard.withheld(list(places))
+        if dist.is_initialized():
+            # Nodes may round differently, and the batches must be the same everywhere.
+            found = [changed, withheld]
+            dist.broadcast_object_list(found, src=0)
+            changed, withheld = found
         if withheld is not None:
             self.withheld, self.withholds = withheld[inverse], True
         read = [changed[place] for place in inverse]
