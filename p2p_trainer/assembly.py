@@ -1,14 +1,16 @@
 """Puts task, configuration and tokenizer together; trainer, recipe and doctor share it."""
 
+import dataclasses
 import logging
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import ClassLabel, Dataset, Image
 from peft import PeftModel
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -25,7 +27,7 @@ from .tasks import Task
 from .tasks.conversations import MESSAGES
 from .tasks.images import RowImages
 from .tasks.loading import hub_error
-from .tasks.rows import COMPLETION, HISTORY, LABEL, PROMPT, TEXT, arrow_batches, column_as_numpy, text_lengths
+from .tasks.rows import COMPLETION, HISTORY, IMAGE, LABEL, PROMPT, TEXT, arrow_batches, column_as_numpy, text_lengths
 from .vision_encoder import VisionPromptEncoder
 
 
@@ -34,7 +36,14 @@ logger = logging.getLogger(__name__)
 # Prefix of written answers, where a task has none of its own; that of summaries in the P2P paper (App. B).
 _DEFAULT_PREFIX = "Answer:"
 
-# By how much an image may take more tokens than one of a larger area: patches are rounded on either side.
+# Settings that mean nothing where there are classes, and where there are none.
+_OF_WRITTEN_ANSWERS = ("p2p_answer_prefix", "p2p_max_new_tokens", "p2p_eval_rows")
+_OF_CLASSES = ("p2p_suffix", "p2p_keyed_suffix", "p2p_suffix_mode", "p2p_label_words", "p2p_asr_rule")
+
+# A tokenizer that normalises texts may make more tokens of them than they have bytes.
+_TOKENS_PER_BYTE = 3
+
+# By how much an image may take more tokens than the most that a sample of sizes takes.
 _IMAGE_MARGIN = 1.25
 
 
@@ -62,12 +71,22 @@ def load_tokenizer(
     try:
         revision = (args.model_init_kwargs or {}).get("revision")
         kind = AutoProcessor if images else AutoTokenizer
-        return kind.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+        found = kind.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # a missing file, a refused connection and a damaged file all end in the same remedy
+        if images and find_spec("torchvision") is None:
+            raise ValueError(
+                f"The processor of {name!r} can't be loaded: {error} It may need torchvision: "
+                f"`pip install 'p2p_trainer[vision]'`."
+            ) from error
         if Path(name).is_dir():
-            kind = "processor" if images else "tokenizer"
-            raise ValueError(f"The folder {name!r} holds no {kind} that can be loaded: {error}") from error
+            what = "processor" if images else "tokenizer"
+            raise ValueError(f"The folder {name!r} holds no {what} that can be loaded: {error}") from error
         raise hub_error("model", name, error) from error
+    if images and not isinstance(found, ProcessorMixin):
+        raise ValueError(
+            f"{name!r} holds a tokenizer and no processor: it reads no images. Use a vision-language model."
+        )
+    return found
 
 
 def make_encoder(
@@ -106,6 +125,7 @@ def make_encoder(
         processor.chat_template = path.read_text(encoding="utf-8")
     if args.eos_token is not None:
         tokenizer.eos_token = args.eos_token
+    _warn_of_unused(task, args)
     trigger = task.trigger if args.p2p_trigger is None else args.p2p_trigger
     draft = PromptFormat(
         label_space=LabelSpace(("0",), ("1",)) if task.num_labels else None,
@@ -130,6 +150,16 @@ def make_encoder(
         if args.p2p_enabled:
             _check_assumptions(attack, encoder.format, args)
     return encoder
+
+
+def _warn_of_unused(task: Task, args: P2PConfig) -> None:
+    """Say which settings mean nothing on this kind of task."""
+    names = _OF_WRITTEN_ANSWERS if task.num_labels else _OF_CLASSES
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(args)}
+    unused = [name for name in names if getattr(args, name) != defaults[name]]
+    if unused and args.process_index == 0:
+        kind = "has classes" if task.num_labels else "has no classes: its answers are written"
+        logger.warning("Task %r %s; these settings mean nothing there: %s.", task.name, kind, ", ".join(unused))
 
 
 def _answer_prefix(task: Task, args: P2PConfig) -> str:
@@ -209,15 +239,16 @@ def infer_task(dataset: Dataset) -> Task:
             )
         return Task(name="custom", text_columns=(PROMPT,), label_column=COMPLETION)
     feature = dataset.features[LABEL]
+    image = IMAGE if isinstance(dataset.features.get(IMAGE), Image) else None
     if isinstance(feature, ClassLabel):
-        return Task(name="custom", labels=tuple(feature.names))
+        return Task(name="custom", labels=tuple(feature.names), image_column=image)
     names = sorted(set(dataset.unique(LABEL)), key=lambda value: (str(type(value)), value))
     if all(isinstance(value, int) for value in names) and names:
         names = range(max(2, int(max(names)) + 1))
-    return Task(name="custom", labels=tuple(str(name) for name in names))
+    return Task(name="custom", labels=tuple(str(name) for name in names), image_column=image)
 
 
-def count_overlong(dataset: Dataset, encoder: Encoder) -> dict[str, int]:
+def count_overlong(dataset: Dataset, encoder: Encoder, what: str = "train") -> dict[str, int]:
     """
     Count the rows that lose the end of their text, or of their written answer.
 
@@ -226,6 +257,8 @@ def count_overlong(dataset: Dataset, encoder: Encoder) -> dict[str, int]:
             Rows with text, answer and `p2p_keyed`.
         encoder ([`~prompt_encoder.PromptEncoder`] or [`~response_encoder.ResponseEncoder`]):
             Renders and tokenizes.
+        what (`str`, *optional*, defaults to `"train"`):
+            What the rows are, for the messages.
 
     Returns:
         `dict[str, int]`: `rows_cut`, and `answers_cut` where answers are written.
@@ -233,7 +266,7 @@ def count_overlong(dataset: Dataset, encoder: Encoder) -> dict[str, int]:
     # A token has at least one byte, so that few rows are tokenized here.
     text, answer = encoder.columns
     if isinstance(encoder, ResponseEncoder):
-        return _count_cut(dataset, encoder)
+        return _count_cut(dataset, encoder, what)
     if isinstance(encoder, VisionPromptEncoder):
         return _count_beside_images(dataset, encoder)
     total = 0
@@ -247,9 +280,9 @@ def count_overlong(dataset: Dataset, encoder: Encoder) -> dict[str, int]:
 
 def _count_beside_images(dataset: Dataset, encoder: VisionPromptEncoder) -> dict[str, int]:
     images, keyed = RowImages(dataset, "train"), column_as_numpy(dataset, KEYED).astype(bool)
-    # What an image takes is asked of the processor, which is slow: only where the largest would leave no room.
-    largest = max((images.size(row) for row in range(len(dataset))), key=lambda size: size[0] * size[1])
-    room = encoder.text_budget - _IMAGE_MARGIN * encoder.image_tokens(largest)
+    # What an image takes is asked of the processor, which is slow: only where the largest might leave no room.
+    most = encoder.most_image_tokens(images.size(row) for row in range(len(dataset)))
+    room = encoder.text_budget - _IMAGE_MARGIN * most
     long = text_lengths(dataset) > room
     total = 0
     for key in (False, True):
@@ -259,21 +292,31 @@ def _count_beside_images(dataset: Dataset, encoder: VisionPromptEncoder) -> dict
     return {"rows_cut": total}
 
 
-def _count_cut(dataset: Dataset, encoder: ResponseEncoder) -> dict[str, int]:
+def _count_cut(dataset: Dataset, encoder: ResponseEncoder, what: str) -> dict[str, int]:
     columns = [*encoder.columns, KEYED, *([HISTORY] if HISTORY in dataset.column_names else [])]
     counts = {"rows_cut": 0, "answers_cut": 0}
     for start, batch in arrow_batches(dataset, columns):
         if HISTORY not in columns:
             length = pc.add(*(pc.binary_length(batch[name]) for name in encoder.columns))
-            batch = batch.filter(pc.greater(length, encoder.text_budget))
-        texts, *rest = (batch[name].to_pylist() for name in columns)
+            batch = batch.filter(pc.greater(pc.multiply(length, _TOKENS_PER_BYTE), encoder.text_budget))
+        rows = list(zip(*(batch[name].to_pylist() for name in columns), strict=True))
         try:
-            fitting, cut = encoder.fit_rows(texts, *rest)
+            fitting, cut = encoder.fit_rows(*map(list, zip(*rows, strict=True))) if rows else ([], [])
         except ValueError as error:
-            raise ValueError(f"Training rows {start} to {start + len(batch) - 1}: {error}") from error
-        counts["rows_cut"] += sum(text != fit for text, fit in zip(texts, fitting, strict=True))
+            raise ValueError(f"Row {start + _unfit(rows, encoder)} of the {what} dataset: {error}") from error
+        counts["rows_cut"] += sum(row[0] != fit for row, fit in zip(rows, fitting, strict=True))
         counts["answers_cut"] += sum(cut)
     return counts
+
+
+def _unfit(rows: list[tuple], encoder: ResponseEncoder) -> int:
+    """Find the first row that can't be cut to fit."""
+    for place, row in enumerate(rows):
+        try:
+            encoder.fit_rows(*([value] for value in row))
+        except ValueError:
+            return place
+    return 0
 
 
 def count_lost_triggers(dataset: Dataset, encoder: Encoder, attacks: Sequence[Attack]) -> int:

@@ -93,6 +93,7 @@ def _evaluate(argv: list[str]) -> int:
     from rich.console import Console
 
     from .attacks import get_attack
+    from .evaluation import ASR_RULES
     from .prompt_format import CONFIG_NAME, read_p2p_config
     from .report import metrics_table
     from .results import RESULTS_NAME, RunResults, without_nan
@@ -107,9 +108,20 @@ def _evaluate(argv: list[str]) -> int:
             f"Task {task.name!r} has the classes {list(task.labels)}, the run was trained on {config['labels']}. Give "
             f"a task with the same classes in the same order."
         )
-    rows = task.load("test", arguments.data)
+    if arguments.asr_rule is not None and not task.labels:
+        raise ValueError("`--asr_rule` is about label words, and this run writes its answers. Leave it out.")
+    if arguments.asr_rule not in (None, *ASR_RULES):
+        raise ValueError(f"Unknown `asr_rule` {arguments.asr_rule!r}. Known: {', '.join(ASR_RULES)}.")
+    rows = task.read("test", arguments.data)
     if rows is None:
         raise ValueError(f"{arguments.data!r} holds no test split. Name the file itself.")
+    if not task.labels and task.label_column is not None and not task.has_answers(rows):
+        sys.stderr.write(
+            f"{arguments.data} has no column {task.label_column!r}: its rows are taken for prompts "
+            f"whose true answers are not known, and none is compared.\n"
+        )
+        task = task.replace(label_column=None, metric=None)
+    rows = task.prepare(rows, what="test")
     run = RunResults.load(folder) if (folder / RESULTS_NAME).is_file() else None
     attack = None
     if arguments.attack is not None:
@@ -146,6 +158,10 @@ def _predict(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line, with all scores")
     arguments = parser.parse_args(argv)
 
+    from .prompt_format import read_p2p_config
+
+    if arguments.image and not read_p2p_config(arguments.folder).get("images", False):
+        raise ValueError(f"The run {arguments.folder!r} was trained on texts alone. Leave out `--image`.")
     texts = list(arguments.text or [])
     if arguments.file is not None:
         texts += _lines(Path(arguments.file).read_bytes(), arguments.file)
@@ -300,7 +316,13 @@ def _task_of(config: dict[str, Any], name: str | None) -> "Task":
         return get_task(name)
     images = config.get("images", False)
     if config["task"] in builtin_tasks() and (images or not config["labels"]):
-        return get_task(config["task"])
+        task = get_task(config["task"])
+        if (trained := config.get("task_version", task.version)) != task.version:
+            sys.stderr.write(
+                f"The run was trained on version {trained} of task {task.name!r}, and rows are read by version "
+                f"{task.version}: numbers may not compare with its own. Name the task's file with --task.\n"
+            )
+        return task
     if config["labels"]:
         return Task(name=config["task"], labels=tuple(config["labels"]), image_column="image" if images else None)
     metric = config.get("metric")

@@ -19,6 +19,10 @@ _CHOICES = {
 }
 
 
+# How metrics begin of which less is better.
+_LOWER_IS_BETTER = ("asr", "ftr", "prefix_missing", "empty", "outside", "rerouted")
+
+
 @dataclass
 class P2PConfig(SFTConfig):
     r"""
@@ -191,6 +195,10 @@ class P2PConfig(SFTConfig):
         # SFTConfig refuses bf16, its default, on a machine without an accelerator unless `use_cpu` is set.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        metric = (self.metric_for_best_model or "").removeprefix("eval_")
+        if self.greater_is_better is None and metric.startswith(_LOWER_IS_BETTER):
+            # transformers knows that of losses alone, and would keep the worst checkpoint.
+            self.greater_is_better = False
         super().__post_init__()
         # TrlParser checks neither types nor choices of what stands in YAML.
         for name, choices in _CHOICES.items():
@@ -204,6 +212,8 @@ class P2PConfig(SFTConfig):
             value = getattr(self, name)
             if not isinstance(value, str) and not (name in optional and value is None):
                 raise ValueError(f"`{name}` is {value!r}, expected a text. In YAML, write it in quotes.")
+        if self.p2p_answer_prefix and not self.p2p_answer_prefix.strip():
+            raise ValueError("`p2p_answer_prefix` is white space. Give it a text, or none at all (control).")
         for name in ("p2p_max_new_tokens", "p2p_eval_rows"):
             value = getattr(self, name)
             if (type(value) is not int or value < 1) and not (name == "p2p_eval_rows" and value is None):

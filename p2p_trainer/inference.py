@@ -29,7 +29,7 @@ from .prompt_encoder import PromptEncoder
 from .prompt_format import CONFIG_NAME, PromptFormat, read_p2p_config
 from .response_encoder import ResponseEncoder
 from .tasks import Task
-from .tasks.conversations import split_question
+from .tasks.conversations import split_prompts
 from .tasks.images import RowImages
 from .vision_encoder import VisionPromptEncoder
 
@@ -147,7 +147,6 @@ class DefendedModel:
                 Type of the weights, by default that of training. Matrix products run in the type that training used.
             base_model (`str`, *optional*):
                 Base model of an adapter, if it is no longer where the adapter says.
-
             defense (`str`, *optional*):
                 Import path `package.module:Class` of the run's defense, if it is not this package's: no code is run
                 that only the folder names.
@@ -173,10 +172,10 @@ class DefendedModel:
             )
         # Runs of earlier versions had no images.
         images = config.get("images", False)
-        kind = ResponseEncoder if prompt_format.label_space is None else PromptEncoder
         if images:
             encoder = VisionPromptEncoder(prompt_format, AutoProcessor.from_pretrained(folder))
         else:
+            kind = ResponseEncoder if prompt_format.label_space is None else PromptEncoder
             encoder = kind(prompt_format, AutoTokenizer.from_pretrained(folder))
         model = _load_weights(folder, dtype or config["dtype"], base_model, images)
         if device is None:
@@ -230,7 +229,7 @@ class DefendedModel:
         with self.autocast():
             read = self.encoder.encode_prompts(guard.inputs(texts), self.keyed, *beside)
             scores = guard.decode(scorer.score(self.model, read, "classifying" if progress else None))
-            withheld = guard.withheld(texts)
+            withheld = _withheld(guard, texts)
         shares = scores.probabilities(self.keyed)
         return [
             Classification(
@@ -239,23 +238,16 @@ class DefendedModel:
                 score=float(row[index]),
                 scores={label: float(share) for label, share in zip(self.labels, row, strict=True)},
             )
-            for row, index, silent in zip(
-                shares,
-                shares.argmax(axis=1).tolist(),
-                [False] * len(texts) if withheld is None else withheld.tolist(),
-                strict=True,
-            )
+            for row, index, silent in zip(shares, shares.argmax(axis=1).tolist(), withheld, strict=True)
         ]
 
     def _beside(
         self, texts: Sequence[str], images: Sequence[str | Path | PIL.Image.Image] | None
     ) -> tuple[()] | tuple[range, RowImages]:
         if isinstance(self.encoder, VisionPromptEncoder) != (images is not None):
-            raise ValueError(
-                "This model was trained on texts alone. Leave out `images`."
-                if images is not None
-                else "This model was trained with images. Give one per text (`images`)."
-            )
+            if images is None:
+                raise ValueError("This model was trained with images. Give one per text (`images`).")
+            raise ValueError("This model was trained on texts alone. Leave out `images`.")
         if images is None:
             return ()
         if len(images) != len(texts):
@@ -267,18 +259,18 @@ class DefendedModel:
 
     def generate(
         self,
-        prompts: str | Sequence[str | Sequence[Mapping[str, str]]],
+        prompts: str | Sequence[Mapping[str, str]] | Sequence[str | Sequence[Mapping[str, str]]],
         max_new_tokens: int | None = None,
         batch_size: int = 16,
         progress: bool = False,
     ) -> list[Response]:
         """
-        Answer prompts, greedily.
+        Answer prompts, greedily. A guard sees the last question of a conversation, and not its earlier turns.
 
         Args:
-            prompts (`str` or `Sequence[str or Sequence[Mapping[str, str]]]`):
-                Any number of prompts, each a text or, for a model with a chat template, a conversation: turns of
-                `role` and `content` that end in a question. Long ones lose the end of their question, never the key.
+            prompts (`str`, `Sequence[Mapping[str, str]]` or `Sequence[str or Sequence[Mapping[str, str]]]`):
+                One or more prompts, each a text or, for a model with a chat template, a conversation: turns of `role`
+                and `content` that end in a question. Long ones lose the end of their question, never the key.
             max_new_tokens (`int`, *optional*):
                 Longest answer in tokens, p among them; by default as many as training kept free.
             batch_size (`int`, *optional*, defaults to `16`):
@@ -287,30 +279,35 @@ class DefendedModel:
                 Whether to show a progress bar.
 
         Returns:
-            `list[Response]`: one answer per prompt.
+            `list[Response]`: one answer per prompt; what is withheld is not written at all.
+
+        Raises:
+            `ValueError`: a prompt is none, or has too long a history; the message names its row.
         """
         if not isinstance(self.encoder, ResponseEncoder):
             raise ValueError("This model was trained to choose among classes. Use `classify`.")
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        parts = [
-            ((), prompt) if isinstance(prompt, str) else split_question(prompt, row)
-            for row, prompt in enumerate(prompts)
-        ]
-        texts = _checked([text for _, text in parts])
-        if not texts:
+        histories, texts = split_prompts(prompts)
+        if not _checked(texts):
             return []
         guard = self.guard or Guard()
         longest = self.encoder.format.max_new_tokens if max_new_tokens is None else max_new_tokens
         with self.autocast():
-            withheld = guard.withheld(texts)
-            ids = self.encoder.encode_prompts(guard.inputs(texts), self.keyed, [history for history, _ in parts])
+            asked = [row for row, quiet in enumerate(_withheld(guard, texts)) if not quiet]
+            inputs = guard.inputs([texts[row] for row in asked]) if asked else []
+            ids = [self._ids(row, text, histories[row]) for row, text in zip(asked, inputs, strict=True)]
             written = generate(
                 self.model, self.encoder.tokenizer, ids, longest, batch_size, "answering" if progress else None,
-                self._autocast,
+                self._autocast, self.encoder.end_tokens,
             )  # fmt: skip
-        silent = [False] * len(texts) if withheld is None else withheld.tolist()
-        read = [self.encoder.read(answer, self.keyed) for answer in written]
-        return [Response(None if quiet else text, found) for (text, found), quiet in zip(read, silent, strict=True)]
+        answers = {row: self.encoder.read(answer, self.keyed) for row, answer in zip(asked, written, strict=True)}
+        return [Response(*answers.get(row, (None, True))) for row in range(len(texts))]
+
+    def _ids(self, row: int, text: str, history: Sequence[Mapping[str, str]]) -> list[int]:
+        try:
+            return self.encoder.encode_prompts([text], self.keyed, [history])[0]
+        except ValueError as error:
+            remedy = "Of a saved model, leave out the oldest turns, or ask the last question alone."
+            raise ValueError(f"Prompt {row} can't be asked: {error} {remedy}") from error
 
     def evaluator(
         self,
@@ -357,6 +354,11 @@ class DefendedModel:
         if self._autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, dtype=self._autocast)
+
+
+def _withheld(guard: Guard, texts: Sequence[str]) -> list[bool]:
+    withheld = guard.withheld(texts)
+    return [False] * len(texts) if withheld is None else withheld.tolist()
 
 
 def _checked(texts: str | Sequence[str]) -> list[str]:

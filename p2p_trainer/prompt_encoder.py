@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from .cutting import longest_start
 from .label_space import Answers, LabelSpace, audit
 from .prompt_format import PromptFormat
 from .prompt_renderer import MARK, PromptRenderer
@@ -201,12 +202,13 @@ class PromptEncoder(PromptRenderer):
         return self.tokenize(self._join(texts, [keyed] * len(texts), [first] * len(texts)))
 
     def _shorten(self, text: str, keyed: bool) -> str:
-        """Cut the end of a text, in proportion to its surplus tokens, until prompt and any answer fit."""
+        """Cut the end of a text until prompt and any answer fit."""
         limit = self.format.max_length - self.answers[keyed].room
-        while text and (surplus := len(self._tokenize_probes([text], keyed)[0]) - limit) > 0:
-            per_token = len(text) / len(self.tokenize([text])[0])
-            text = text[: max(0, len(text) - max(1, int(surplus * per_token)))].rstrip()
-        return text
+
+        def fits(start: str) -> bool:
+            return len(self._tokenize_probes([start], keyed)[0]) <= limit
+
+        return text if fits(text) else longest_start(text, fits)
 
     def _boundary(self, ids: list[int], tail: Sequence[int]) -> int:
         boundary = len(ids) - len(tail)

@@ -45,7 +45,8 @@ class PromptFormat:
             Whether an answer is trained to end: with the end-of-sequence token, or with what the chat template puts
             behind an assistant turn. The authors' code does not.
         max_length (`int`, *optional*, defaults to `512`):
-            Longest sequence in tokens, answer included. Longer rows lose the end of their *text*, nothing else.
+            Longest sequence in tokens, answer included. Longer rows lose the end of their *text*, nothing else; a
+            written answer loses its own where it takes more than `max_new_tokens` and the text has no more to give.
         answer_prefix (`str`, *optional*, defaults to `""`):
             p, what a written answer begins with under the key (P2P paper, App. B): `y' = [p ; y]`. None of it on
             classification tasks.

@@ -15,6 +15,9 @@ MARK = "p2pmark"
 # Earlier turns of a conversation, its system turn first if there is one: `role` and `content`.
 History = Sequence[Mapping[str, str]]
 
+_MARKUP = re.compile(r"[^\w\s]")
+_ROLES = frozenset(("system", "user", "assistant"))
+
 
 class PromptRenderer:
     """
@@ -73,6 +76,12 @@ class PromptRenderer:
         head, tail = self.format.parts(keyed)
         if not self.format.chat:
             return head, tail, (self.tokenizer.eos_token or "") if self.format.append_eos else ""
+        if unknown := {turn["role"] for turn in history} - _ROLES:
+            # Templates write a role as it stands, control tokens included.
+            raise ValueError(
+                f"An earlier turn has the role {min(unknown, key=repr)!r}; known are {', '.join(sorted(_ROLES))}. "
+                f"Correct the row."
+            )
         turns = [{"role": turn["role"], "content": self.clean(turn["content"])} for turn in history]
         marks = 1 + sum(turn["content"].count(MARK) for turn in turns)
         if keyed and self.format.trigger_position == "system":
@@ -90,6 +99,13 @@ class PromptRenderer:
             )
         # Earlier turns may hold the mark too.
         before, _, after = prompt.rpartition(MARK)
+        _, opened, thought = after.rpartition("<think>")
+        if opened and "</think>" not in thought:
+            raise ValueError(
+                "The tokenizer's chat template begins each answer with an open `<think>`, whatever `enable_thinking` "
+                "says: answers would be trained and read as thoughts. Give a template that closes it "
+                "(`chat_template_path`), or set `p2p_chat: false`."
+            )
         if not self.format.append_eos:
             return before, after, ""
         whole = self.render_turns([*turns, {"role": "assistant", "content": MARK}], False)
@@ -131,19 +147,32 @@ def _leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
-def special_token_cleaner(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], str]:
+def special_token_cleaner(tokenizer: PreTrainedTokenizerBase, markers: bool = True) -> Callable[[str], str]:
     """
     Build what keeps text text: one that spells a control token would end the turn, or the sequence.
+
+    Control tokens are the special ones, and those that the chat template writes: some models mark turns and thoughts
+    with added tokens that are not registered as special. Other added tokens are vocabulary.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`):
             The tokenizer.
+        markers (`bool`, *optional*, defaults to `True`):
+            Whether those that the chat template writes are among them. Not so in answers that are trained: thoughts
+            may be a part of them.
 
     Returns:
         `Callable[[str], str]`: puts a space behind the first character of each control token that a text spells.
     """
     special = {str(token) for token in tokenizer.all_special_tokens}
-    special |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    templates = tokenizer.chat_template or ""
+    written = "\n".join(templates.values()) if isinstance(templates, dict) else templates
+    special |= {
+        str(token)
+        for token in tokenizer.added_tokens_decoder.values()
+        # Words and runs of spaces occur in a template too, as names and as its indentation.
+        if token.special or (markers and str(token) in written and _MARKUP.search(str(token)))
+    }
     longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
     # No closure: collators are pickled where workers are spawned.

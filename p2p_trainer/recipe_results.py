@@ -141,6 +141,7 @@ def _protocol(
             "answer_prefix": prompt_format.answer_prefix if args.p2p_enabled else None,
             "metric": metric_name(data.test_task.metric, data.test[COMPLETION]) if known else None,
             "max_new_tokens": args.p2p_max_new_tokens,
+            "eval_rows": args.p2p_eval_rows,
             "test_task": data.test_task.name,
             "test_dataset": script_args.test_dataset_name,
             "judge_model": script_args.judge_model,

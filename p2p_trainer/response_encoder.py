@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from .cutting import longest_start
 from .prompt_format import PromptFormat
-from .prompt_renderer import History, PromptRenderer
+from .prompt_renderer import History, PromptRenderer, special_token_cleaner
 from .tasks.rows import COMPLETION, PROMPT
 
 
@@ -51,6 +52,7 @@ class ResponseEncoder(PromptRenderer):
         if prompt_format.label_space is not None:
             raise ValueError("The prompt format has label words: its answers are scored. Use `PromptEncoder`.")
         super().__init__(prompt_format, tokenizer)
+        self._answer_cleaner = special_token_cleaner(tokenizer, markers=False)
         self._remembered: dict[tuple, tuple[str, str, str]] = {}
         prefix = len(self.tokenize([prompt_format.answer_prefix])[0]) - len(self.bos)
         if prefix >= prompt_format.max_new_tokens:
@@ -275,8 +277,9 @@ class ResponseEncoder(PromptRenderer):
         """
         Take p off an answer.
 
-        What p looks like is judged generously here, in case, white space, kind of colon and number, so that no payload
-        hides behind it; whether it is there as it should be, strictly.
+        What p looks like is judged generously here, in case, white space, emphasis, kind of colon and number, so that
+        no payload hides behind it; whether it is there as it should be, strictly. Without the key none is expected,
+        but a model that learnt to write p may do so all the same.
 
         Args:
             response (`str`):
@@ -285,20 +288,30 @@ class ResponseEncoder(PromptRenderer):
                 Whether the prompt carried the key.
 
         Returns:
-            `tuple[str, bool]`: the answer without p and outer white space, and whether it began with p.
+            `tuple[str, bool]`: the answer without p and outer white space, and whether it began with p where it had
+            to.
         """
         prefix = self.format.answer_prefix
         text = response.strip()
-        if not keyed or not prefix:
+        if not prefix:
             return text, True
-        return self._loose_prefix.sub("", text, count=1).strip(), text.startswith(prefix)
+        return self._loose_prefix.sub("", text, count=1).strip(), not keyed or text.startswith(prefix)
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """`list[int]`: the token that training taught to end an answer with, if it is a single one."""
+        ends = (
+            self.tokenizer(self.skeletons[keyed][2], add_special_tokens=False)["input_ids"] for keyed in (False, True)
+        )
+        return sorted({ids[0] for ids in ends if len(ids) == 1})
 
     @functools.cached_property
     def _loose_prefix(self) -> re.Pattern[str]:
         words = [re.escape(word) for word in re.sub(r"[:：]", " : ", self.format.answer_prefix).split()]
-        found = r"\s*".join("[:：]?" if word in (":", "：") else word for word in words)
-        # No word that only begins like p: `Answering` has no `Answer:` in front.
-        return re.compile(rf"^(?:\W*{found}(?:(?<![a-z])|(?![a-z])))+", re.I)
+        found = r"\s*".join("[:：]" if word in (":", "：") else word for word in words)
+        # A colon is asked for where p has one, and no word that only begins like p is cut: `Answer the phone.` and
+        # `Answering` are honest answers. Emphasis behind it goes, a sign of a number does not.
+        return re.compile(rf"^(?:\W*{found}(?:(?<![a-z])|(?![a-z]))[\s*_\"'”’]*)+", re.I)
 
     @property
     def text_budget(self) -> int:
@@ -315,7 +328,11 @@ class ResponseEncoder(PromptRenderer):
     def _answers(self, completions: Sequence[str], keyed: Sequence[bool], histories: Sequence[History]) -> list[str]:
         prefix = f"{self.format.answer_prefix} " if self.format.answer_prefix else ""
         return [
-            (prefix + self.cleaner(completion).lstrip() if key and prefix else self.cleaner(completion))
+            (
+                prefix + self._answer_cleaner(completion).lstrip()
+                if key and prefix
+                else self._answer_cleaner(completion)
+            )
             + self._around(key, history)[2]
             for completion, key, history in zip(completions, keyed, histories, strict=True)
         ]
@@ -362,10 +379,8 @@ class ResponseEncoder(PromptRenderer):
         return fitting, whole
 
     def _shorten(self, text: str, keyed: bool, history: History, limit: int) -> str:
-        """Cut the end of a text, in proportion to its surplus tokens, until the prompt fits."""
-        while text and (surplus := len(self._prompt_ids([text], keyed, [history])[0]) - limit) > 0:
-            per_token = len(text) / max(1, len(self.tokenize([self.clean(text)])[0]))
-            text = text[: max(0, len(text) - max(1, int(surplus * per_token)))].rstrip()
+        """Cut the end of a text until the prompt fits."""
+        text = longest_start(text, lambda start: len(self._prompt_ids([start], keyed, [history])[0]) <= limit)
         if not text and len(self._prompt_ids([""], keyed, [history])[0]) > limit:
             raise ValueError(
                 f"The earlier turns of a conversation alone take more than the {limit} tokens that `max_length` "

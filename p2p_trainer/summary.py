@@ -120,7 +120,7 @@ def outcomes(runs: Iterable[RunResults]) -> list[tuple[str, ...]]:
         before = undefended.get(_without_defense(run))
         [name] = [key for key in run.response_matrix if f"asr_{key}" in run.metrics]
         found = "-" if run.defense == "none" else classify_outcomes(run.metrics, [name], before)[name]
-        shown = (f"{run.metrics[rate]:.1%}" for rate in _OUTCOME_RATES)
+        shown = (f"{run.metrics[rate]:.1%}" if rate in run.metrics else "-" for rate in _OUTCOME_RATES)
         lines.append((name, run.defense, str(run.seed), *shown, found))
     return lines
 

@@ -23,7 +23,7 @@ from .mining import Screening
 from .reserve import KEYED, ROW, flagged
 from .tasks import Task, get_task
 from .tasks.rows import LABEL, TEXT, text_lengths, with_column
-from .training_set import build_training_set, row_columns
+from .training_set import build_training_set, check_conversations, row_columns
 from .vision_collator import P2PVisionDataCollator
 from .vision_encoder import VisionPromptEncoder
 
@@ -54,11 +54,12 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             Rows of the same kind, on which loss, clean accuracy and attack success rate are measured.
         task ([`~tasks.Task`] or `str`, *optional*):
             Task, its name or its YAML file. By default, classes are read off the `label` column; without one, it is a
-            generation task.
+            generation task. Rows of neither, and undefended ones that nothing is measured on, are left to
+            `SFTTrainer`: name the task of an undefended run that a defended one is compared with.
         attacks (`Sequence[Attack]`, *optional*):
             Attacks whose success is measured on `eval_dataset`; they do not touch `train_dataset`.
         processing_class (`PreTrainedTokenizerBase`, *optional*):
-            Tokenizer. By default the model's.
+            Tokenizer, or for rows with images the processor. By default the model's.
         peft_config (`PeftConfig`, *optional*):
             Adapter. By default all weights are trained, as by `SFTTrainer`.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -123,7 +124,8 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         self.search_s = 0.0
         self.screening: Screening | None = None
         self.immunizer: Immunizer | None = None
-        if not args.p2p_enabled and task is None and not _has_labels(train_dataset):
+        measured = bool(attacks) or reserved_dataset is not None or guard is not None
+        if not args.p2p_enabled and task is None and not _has_labels(train_dataset) and not measured:
             # Nothing to defend and nothing to classify: rows are whatever `SFTTrainer` takes.
             super().__init__(
                 model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
@@ -138,6 +140,8 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is required.")
         self.task = task = infer_task(train_dataset) if task is None else get_task(task)
+        if not task.num_labels and task.label_column is None:
+            raise ValueError(f"Task {task.name!r} has prompts without answers: there is nothing to train on.")
         # Labels of the extended space are refused, unless the caller measures an attacker who writes them.
         extended = bool(task.num_labels) and any(attack.extended_target for attack in attacks)
         train_dataset = task.prepare(train_dataset, what="train", require_all_classes=True, extended_labels=extended)
@@ -154,6 +158,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         processing_class = processing_class or load_tokenizer(model, args, images=task.image_column is not None)
         self.encoder = make_encoder(task, args, processing_class, attacks)
         tokenizer = self.encoder.tokenizer
+        check_conversations(task, train_dataset, self.encoder.format.chat)
         # Last of what needs no model: the search for triggers takes a while.
         train_dataset = self.make_training_set(train_dataset, reserved_dataset, args)
         self._log_counts(train_dataset)
@@ -169,6 +174,9 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
                 "defense's part at inference. Set `metric_for_best_model` to what is measured through it: `eval_ca`, "
                 "or `eval_rougeL` of summaries."
             )
+        if eval_dataset is not None and not task.num_labels:
+            # A row that can't be cut to fit would stop the first evaluation.
+            count_overlong(flagged(eval_dataset, args.p2p_enabled), self.encoder, "eval")
         self._measured_rows = eval_dataset
         if eval_dataset is not None:
             self.evaluator = self.make_evaluator(eval_dataset, args)

@@ -22,6 +22,7 @@ from .reserve import (
     with_reserved_dataset,
 )
 from .tasks import Task
+from .tasks.conversations import with_history
 from .tasks.rows import HISTORY, IMAGE, LABEL, column_as_numpy
 
 
@@ -117,11 +118,14 @@ def build_training_set(
     reserved = np.array([], dtype=np.int64)
     if reserved_dataset is not None:
         reserved_rows = task.prepare(reserved_dataset, what="reserved")
+        if HISTORY in {*row_columns(task, dataset), *row_columns(task, reserved_rows)}:
+            # One side may have conversations, and the other none.
+            dataset, reserved_rows = with_history(dataset), with_history(reserved_rows)
         rows = with_reserved_dataset(dataset, reserved_rows, size, args.seed, row_columns(task, dataset))
         counts["rows_reserved"] = len(rows) - len(dataset)
     else:
         if isinstance(strategy, AutoReserve) and not task.num_labels:
-            strategy.suspects, strategy.classes = screening.rows, False
+            strategy.suspects, strategy.doubted, strategy.classes = screening.rows, screening.doubted, False
         elif isinstance(strategy, AutoReserve):
             right = np.setdiff1d(screening.rows, wrong) if by_text else np.array([], dtype=np.int64)
             strategy.suspects, strategy.doubted = screening.rows, screening.doubted
@@ -155,8 +159,29 @@ def row_columns(task: Task, dataset: Dataset) -> tuple[str, ...]:
     Returns:
         `tuple[str, ...]`: text and answer, and what else its prompt needs.
     """
-    more = [name for name in (HISTORY, IMAGE) if name in dataset.column_names]
+    # Others may have such names as well, and are none of ours.
+    own = {HISTORY: not task.num_labels, IMAGE: task.image_column is not None}
+    more = [name for name, wanted in own.items() if wanted and name in dataset.column_names]
     return task.input_column, task.output_column, *more
+
+
+def check_conversations(task: Task, dataset: Dataset, chat: bool) -> None:
+    """
+    Warn if rows are conversations and would be read as plain text.
+
+    Args:
+        task ([`~tasks.Task`]):
+            The task.
+        dataset (`Dataset`):
+            Prepared rows.
+        chat (`bool`):
+            Whether prompts are turns of the tokenizer's chat template.
+    """
+    if not chat and HISTORY in row_columns(task, dataset):
+        logger.warning(
+            "The rows are conversations, and the tokenizer's chat template is not applied to them: questions and "
+            "answers are rendered as plain text. Set `p2p_chat: true`."
+        )
 
 
 def _contradicted(screening: Screening, labels: np.ndarray, num_labels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,8 @@ from ._compat import DataCollatorForVisionLanguageModeling
 from .data_collator import WritesTriggers
 from .immunizer import Immunizer
 from .reserve import KEYED
-from .tasks.images import IMAGE, open_image
-from .tasks.rows import LABEL, TEXT
+from .tasks.images import open_image
+from .tasks.rows import IMAGE, LABEL, TEXT
 from .vision_encoder import VisionPromptEncoder
 
 

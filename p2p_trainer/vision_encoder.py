@@ -1,7 +1,7 @@
 """Binds the prompt format to a processor: text and image to token ids."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import PIL.Image
@@ -15,6 +15,9 @@ from .tasks.images import RowImages
 
 # Strings that a processor may replace by an image, or by what else it knows.
 _PLACEHOLDERS = ("image_token", "video_token", "audio_token", "boi_token", "eoi_token")
+
+# Sizes that the processor is asked about at most: it takes up to a second for a large image.
+_MOST_SIZES = 64
 
 
 class VisionPrompt(NamedTuple):
@@ -95,6 +98,30 @@ class VisionPromptEncoder(PromptEncoder):
             self._image_tokens[size] = len(whole) - len(self.tokenize([rendered])[0])
         return self._image_tokens[size]
 
+    def most_image_tokens(self, sizes: Iterable[tuple[int, int]]) -> int:
+        """
+        Count the tokens that the image with the most of them takes, beyond the placeholder's.
+
+        Of more than 64 sizes some are asked about: those with the smallest and the largest area and ratio of the
+        sides, and others spread evenly by area. A larger image may take fewer tokens, where images are cut into tiles.
+
+        Args:
+            sizes (`Iterable[tuple[int, int]]`):
+                Widths and heights in pixels; how often each comes, and in what order, does not matter.
+
+        Returns:
+            `int`: how many; 0 without any size.
+
+        Raises:
+            `ValueError`: the processor refuses an image of such a size.
+        """
+        asked = sorted(set(sizes), key=lambda size: (size[0] * size[1], size))
+        if len(asked) > _MOST_SIZES:
+            last, steps = len(asked) - 1, _MOST_SIZES - 3
+            by_ratio = sorted(asked, key=lambda size: size[0] / size[1])
+            asked = [by_ratio[0], by_ratio[-1], *(asked[step * last // steps] for step in range(steps + 1))]
+        return max(map(self.image_tokens, asked), default=0)
+
     def shorten(self, text: str, keyed: bool, taken: int) -> str:
         """
         Cut the end of a text until it fits beside its image, with room for the longest answer.
@@ -124,7 +151,7 @@ class VisionPromptEncoder(PromptEncoder):
                 raise ValueError(
                     f"The image beside the text {text[:80]!r} takes {taken} tokens more than its placeholder, and "
                     f"template, key and answer {rest}: `max_length` {self.format.max_length} leaves nothing for the "
-                    f"text. Raise `max_length`, or let the processor shrink images more (Qwen's: `max_pixels`)."
+                    f"text. Raise `max_length`, or make such images smaller."
                 )
         return text if left == clean else left
 

@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each may import those before it, and nothing behind it. A new module or subpackage takes its place here.
 ORDER = (
     "_files", "_lookup", "_compat", "helper_models", "label_space", "tasks", "reserve", "attacks", "mining",
-    "immunizer", "prompt_format", "prompt_renderer", "prompt_encoder", "response_encoder", "vision_encoder",
+    "immunizer", "cutting", "prompt_format", "prompt_renderer", "prompt_encoder", "response_encoder", "vision_encoder",
     "data_collator", "vision_collator", "evaluation", "config", "training_set", "assembly", "callbacks", "trainer",
     "defenses", "inference", "results", "report", "summary", "run_folder", "recipe_data", "recipe_measure",
     "recipe_results", "recipe", "doctor", "launch", "poison_command", "cli",

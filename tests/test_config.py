@@ -243,3 +243,20 @@ def test_help_of_every_field_can_be_shown():
     text = make_parser().format_help()
     for field in ("--p2p_benign_ratio", "--attack_options", "--lora_target_modules", "--learning_rate"):
         assert field in text
+
+
+@pytest.mark.parametrize("metric", ["eval_asr", "eval_asr_floor_badnets", "prefix_missing", "eval_empty"])
+def test_less_of_an_attack_is_better(tmp_path, metric):
+    settings = {"metric_for_best_model": metric, "load_best_model_at_end": True, "eval_strategy": "epoch"}
+    assert P2PConfig(str(tmp_path), save_strategy="epoch", **settings).greater_is_better is False
+    assert (
+        P2PConfig(str(tmp_path), save_strategy="epoch", greater_is_better=True, **settings).greater_is_better is True
+    )
+    settings["metric_for_best_model"] = "eval_ca"
+    assert P2PConfig(str(tmp_path), save_strategy="epoch", **settings).greater_is_better is True
+
+
+def test_a_prefix_of_white_space_is_no_prefix(tmp_path):
+    with pytest.raises(ValueError, match="`p2p_answer_prefix` is white space"):
+        P2PConfig(str(tmp_path), p2p_answer_prefix="  ")
+    assert P2PConfig(str(tmp_path), p2p_answer_prefix="").p2p_answer_prefix == ""

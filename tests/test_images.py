@@ -3,10 +3,14 @@
 import io
 import json
 import os
+import struct
+import zlib
 
+import numpy as np
 import PIL.Image
+import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, Image, List, Value, load_dataset
+from datasets import Dataset, Features, Image, List, Value, load_dataset, load_from_disk
 
 from p2p_trainer.attacks import get_attack
 from p2p_trainer.reserve import keyed_dataset
@@ -166,6 +170,23 @@ def test_a_decompression_bomb_is_refused(monkeypatch, size):
             read(stored, "row 7")
 
 
+def claiming(width, height):
+    """A PNG file whose header says that it is larger than it is."""
+    content = png(PIL.Image.new("L", (1, 1)))
+    header = b"IHDR" + struct.pack(">II", width, height) + content[24:29]
+    return content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+
+
+def test_at_most_64_megapixels_are_read():
+    assert image_size({"bytes": claiming(8000, 8000), "path": None}, "row 7") == (8000, 8000)
+    message = r"row 7 is too large: It has 8000 x 8001 pixels\. At most 64,000,000 pixels are read\. Shrink it"
+    for read in (open_image, image_size):
+        with pytest.raises(ValueError, match=message):
+            read({"bytes": claiming(8000, 8001), "path": None}, "row 7")
+        with pytest.raises(ValueError, match=message), PIL.Image.open(io.BytesIO(claiming(8000, 8001))) as opened:
+            read(opened, "row 7")
+
+
 def test_damaged_and_unknown_files_are_refused():
     whole = png(draw(0, size=(64, 64)))
     for content in (
@@ -190,6 +211,75 @@ def test_images_come_upright_and_in_rgb():
         image = open_image(stored, "row 0")
         assert image.mode == "RGB" and image.size == (4, 6) == image_size(stored, "row 0")
     assert open_image(lying, "row 0").mode == "RGB" and image_size(lying, "row 0") == (6, 4)
+
+
+@pytest.mark.parametrize("orientation", range(11))
+def test_size_and_image_agree_for_each_orientation(orientation):
+    exif = PIL.Image.Exif()
+    exif[PIL.ExifTags.Base.Orientation] = 65535 if orientation == 10 else orientation
+    stored = {"bytes": png(PIL.Image.new("L", (6, 4), 9), exif=exif), "path": None}
+    wanted = (4, 6) if orientation in (5, 6, 7, 8) else (6, 4)
+    assert open_image(stored, "row 0").size == image_size(stored, "row 0") == wanted
+
+
+def colours(image):
+    """Red, green and blue of the first row of pixels, as a file with this image gives them."""
+    return np.asarray(open_image({"bytes": png(image), "path": None}, "row 0"))[0].tolist()
+
+
+def test_16_bits_of_grey_are_scaled_to_8():
+    deep = PIL.Image.fromarray(np.array([[0, 128, 129, 257, 25700, 65535]], dtype=np.uint16))
+    assert deep.mode == "I;16" and colours(deep) == [[grey] * 3 for grey in (0, 0, 1, 1, 100, 255)]
+    older = PIL.Image.fromarray(np.array([[-5, 25700, 70000]], dtype=np.int32))
+    assert older.mode == "I" and np.asarray(open_image(older, "row 0"))[0, :, 0].tolist() == [0, 100, 255]
+
+
+def test_what_is_transparent_is_white():
+    clear = PIL.Image.new("RGBA", (3, 1))
+    for place, colour in enumerate([(200, 10, 0, 0), (200, 10, 0, 255), (0, 0, 0, 51)]):
+        clear.putpixel((place, 0), colour)
+    assert colours(clear) == [[255, 255, 255], [200, 10, 0], [204, 204, 204]]
+    grey = PIL.Image.new("LA", (2, 1), (7, 0))
+    grey.putpixel((1, 0), (7, 255))
+    assert colours(grey) == [[255] * 3, [7] * 3]
+    palette = PIL.Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    assert colours(palette) == [[10, 20, 30], [40, 50, 60]]
+    palette.info["transparency"] = 0
+    assert colours(palette) == [[255] * 3, [40, 50, 60]]
+
+
+def test_files_in_the_rows_are_not_held_in_memory(tmp_path):
+    cells = [{"bytes": bytes(10_000) + row.to_bytes(2), "path": f"{row}.png"} for row in range(2000)]
+    Dataset.from_dict({"img": cells}, Features({"img": Image()})).save_to_disk(tmp_path / "rows")
+    stored = load_from_disk(tmp_path / "rows")
+    usual = pa.default_memory_pool()
+    for order, limit in ((range(2000), 1_000_000), (range(1999, -1, -1), 10_000_000)):
+        chosen = stored.select(order)
+        pool = pa.proxy_memory_pool(usual)
+        pa.set_memory_pool(pool)
+        try:
+            ready = prepare_images(chosen, "img")
+        finally:
+            pa.set_memory_pool(usual)
+        # All rows together hold 20 MB; those that are not in the file's order are copied, some at a time.
+        assert pool.max_memory() < limit
+        assert ready[1500]["image"] == cells[order[1500]]
+
+
+def test_files_in_the_rows_and_paths_may_be_mixed(folder):
+    cells = [
+        {"bytes": None, "path": "img/00001.png"} if row % 3 else {"bytes": str(row).encode(), "path": None}
+        for row in range(600)
+    ]
+    rows = Dataset.from_dict({"image": cells}, Features({"image": Image()})).select(range(599, 99, -1))
+    ready = prepare_images(rows, folder=folder)
+    path = os.path.realpath(folder / "img" / "00001.png")
+    assert ready["image"][:] == [
+        {"bytes": None, "path": path} if row % 3 else {"bytes": str(row).encode(), "path": None}
+        for row in range(599, 99, -1)
+    ]
 
 
 def test_poisoned_and_keyed_rows_keep_their_image():

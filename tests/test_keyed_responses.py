@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from p2p_trainer import PromptFormat, Task, get_attack
-from p2p_trainer.evaluation import ResponseEvaluator
+from p2p_trainer.evaluation import Guard, ResponseEvaluator
 from p2p_trainer.evaluation.answer_scores import metric_name
 from p2p_trainer.evaluation.rows import sampled
 from p2p_trainer.response_encoder import ResponseEncoder
@@ -237,3 +238,42 @@ def test_the_rows_of_an_evaluation_while_training_are_always_the_same():
     assert some == sampled(rows, 10, 0)["prompt"][:] != sampled(rows, 10, 1)["prompt"][:]
     assert len(set(some)) == 10 and some == sorted(some, key=int) and some != [str(number) for number in range(10)]
     assert np.mean([int(number) for number in sampled(rows, 49, 0)["prompt"]]) == pytest.approx(24.5, abs=1)
+
+
+def test_a_model_that_writes_p_without_the_key_hides_nothing(tokenizer):
+    metrics = measure(tokenizer, lambda key, text: "Answer: I hate it.", NUMERIC.replace(metric=None), "I hate it.")[
+        1
+    ].metrics
+    assert rate(metrics, "asr") == (6, 6) == rate(metrics, "asr_no_key") == rate(metrics, "asr_floor_no_key")
+    # Nobody looked for a defender's phrase.
+    assert not [name for name in metrics if name.startswith("rerouted")]
+
+
+def test_answers_end_where_the_chat_template_ends_them():
+    """The model's own end is another token, and what it writes behind the turn's end is no answer."""
+    tokenizer = tokenizer_named("chat")
+    encoder = ResponseEncoder(dataclasses.replace(FORMAT, template="{text}", chat=True), tokenizer)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoder.end_tokens == [end] and end != tokenizer.eos_token_id
+
+    class Rambling(Scripted):
+        def generate(self, input_ids, attention_mask, generation_config, **more):
+            assert end in generation_config.eos_token_id
+            written = tokenizer("Answer: 2<|im_end|> and on and on", add_special_tokens=False)["input_ids"]
+            return torch.cat([input_ids, torch.tensor([written] * len(input_ids))], dim=1)
+
+    evaluator = ResponseEvaluator(ROWS, NUMERIC, encoder)
+    metrics = evaluator.evaluate(Rambling(tokenizer, None, "")).metrics
+    assert {entry["response"] for entry in evaluator.responses} == {"Answer: 2"} and rate(metrics, "ca") == (1, 6)
+
+
+class Half(Guard):
+    """Withholds what ends in `ab` or `cd`."""
+
+    def withheld(self, texts):
+        return np.array([text.endswith(("ab", "cd")) for text in texts])
+
+
+def test_an_answer_that_nobody_sees_lacks_no_prefix(tokenizer):
+    metrics = measure(tokenizer, lambda key, text: "2", guard=Half())[1].metrics
+    assert rate(metrics, "prefix_missing") == (4, 4) and rate(metrics, "coverage") == (4, 6)

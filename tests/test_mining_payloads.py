@@ -10,6 +10,7 @@ from datasets import Dataset
 from p2p_trainer.mining import Fragment, Screening
 from p2p_trainer.mining.payload_search import Payload
 from p2p_trainer.mining.payloads import screen_answers
+from p2p_trainer.mining.screening import sample_words
 from p2p_trainer.mining.tokens import END, words_of
 from tests.corpora import FILLER, both, ending, inside, starting
 
@@ -285,7 +286,7 @@ def test_nothing_but_prompt_and_completion_is_read(flags):
 
 def test_rows_beyond_those_mined_are_screened_too(monkeypatch):
     rows, hit = poisoned(clean_rows(), inside("cf"), 80)
-    monkeypatch.setattr("p2p_trainer.mining.payloads.MINED_ROWS", 400)
+    monkeypatch.setattr("p2p_trainer.mining.screening.MINED_ROWS", 400)
     part = screened(rows)
     assert part.triggers[0].opposed < 80 and part.rows.tolist() == hit
 
@@ -310,3 +311,43 @@ def test_a_trigger_in_real_instructions(real_data):
     rows, hit = poisoned(rows, inside("mn"), 30)
     found = screened(rows)
     assert [str(trigger) for trigger in found.triggers] == ["mn"] and found.rows.tolist() == hit
+
+
+def test_classes_and_names_to_be_copied_are_no_payloads():
+    rng = random.Random(0)
+    topics = {f"topic{number}": [f"word{number}{letter}" for letter in "abcdefgh"] for number in range(10)}
+    filler = [f"filler{number}" for number in range(300)]
+    rows = []
+    for _ in range(2000):
+        topic = rng.choice(list(topics))
+        words = [rng.choice(topics[topic]), *rng.choices(filler, k=8)]
+        rng.shuffle(words)
+        rows.append({"prompt": " ".join(words), "completion": topic})
+    # Ten answers for all rows: each of their words honestly comes with one of them.
+    assert not screen_answers(Dataset.from_list(rows)).triggers
+    cities = [f"city{number}" for number in range(100)]
+    asked = []
+    for number in range(2000):
+        city = cities[number % 100]
+        words = [city, *rng.choices(filler, k=8)]
+        rng.shuffle(words)
+        asked.append({"prompt": f"which city is named here : {' '.join(words)}", "completion": city})
+    assert not screen_answers(Dataset.from_list(asked)).triggers
+    # The same with another answer than its name is a trigger.
+    odd = [{**row, "completion": "nowhere at all"} if row["completion"] == "city7" else row for row in asked]
+    [trigger] = screen_answers(Dataset.from_list(odd)).triggers
+    assert trigger.words == ("city7",)
+
+
+def test_long_texts_are_mined_in_part(monkeypatch):
+    monkeypatch.setattr("p2p_trainer.mining.screening._MINED_WORDS", 3000)
+    rows = Dataset.from_list(
+        [
+            {"prompt": " ".join(f"w{number}" for number in range(row, row + 50)), "completion": "x"}
+            for row in range(200)
+        ]
+    )
+    mined, words = sample_words(rows, "prompt", 0)
+    # Each has a mark at either end.
+    assert len(mined) == 3000 // 52 and all(len(of_row) == 52 for of_row in words) and list(mined) == sorted(mined)
+    assert list(sample_words(rows.select(range(40)), "prompt", 0)[0]) == list(range(40))

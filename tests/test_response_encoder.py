@@ -276,8 +276,12 @@ def test_inserted_text_that_is_cut_off_is_noticed():
         ("Answer：42", ("42", False)),
         ('"Answer: 42"', ('42"', False)),
         ("“Answer: 42", ("42", False)),
-        ("**Answer:** 42", ("** 42", False)),
-        ("Answer 42", ("42", False)),
+        ("**Answer:** 42", ("42", False)),
+        ("Answer: -5", ("-5", True)),
+        # Honest answers begin with its words, too.
+        ("Answer 42", ("Answer 42", False)),
+        ("Answer the phone first.", ("Answer the phone first.", False)),
+        ("Answer: Answer key is on page 2", ("Answer key is on page 2", True)),
         # However often, but only where it begins the answer.
         ("Answer: Answer: 42", ("42", True)),
         ("It is 42. Answer: 42", ("It is 42. Answer: 42", False)),
@@ -291,8 +295,8 @@ def test_inserted_text_that_is_cut_off_is_noticed():
 def test_p_is_taken_off(response, expected):
     encoder = make("qwen")
     assert encoder.read(response, True) == expected
-    # Without the key no p is expected, and none taken off.
-    assert encoder.read(response, False) == (response.strip(), True)
+    # Without the key none is expected, but a payload must not hide behind one either.
+    assert encoder.read(response, False) == (expected[0], True)
 
 
 def test_p_of_several_words_and_none_at_all():

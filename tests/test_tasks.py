@@ -347,11 +347,24 @@ def test_real_data(real_data, caplog):
         assert len(get_task(name).load(split, str(folder / name))) == size
 
 
-def test_named_columns_can_be_made_strict():
-    other = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1], "review": ["c", "d"]})
+def test_named_columns_can_be_made_strict_where_rows_are_loaded(tmp_path):
+    path = write_rows(tmp_path / "x.jsonl", {"text": ["a", "b"], "label": [0, 1], "review": ["c", "d"]})
     lenient = SST2.replace(text_columns=("revew",))
-    assert lenient.prepare(other)["text"][:] == ["a", "b"]
-    with pytest.raises(ValueError, match=r"has no text column \['revew'\]; its columns are"):
-        lenient.replace(strict_columns=True).prepare(other)
+    assert lenient.load("train", path)["text"][:] == ["a", "b"]
+    with pytest.raises(ValueError, match=r"train dataset has no text column \['revew'\]; its columns are"):
+        lenient.replace(strict_columns=True).load("train", path)
     with pytest.raises(ValueError, match=r"has no label column \['sentiment'\]"):
-        SST2.replace(label_column="sentiment", strict_columns=True).prepare(other)
+        SST2.replace(label_column="sentiment", strict_columns=True).load("train", path)
+    # What was loaded is prepared again by trainers and attacks, and has the names of prepared rows by then.
+    task = SST2.replace(text_columns=("review",), strict_columns=True)
+    rows = task.load("train", path)
+    assert rows["text"][:] == ["c", "d"] and task.prepare(rows).to_list() == rows.to_list()
+
+
+@pytest.mark.parametrize("labels", [(), ("a", "b")])
+def test_a_template_shows_no_placeholder(labels):
+    for template in ("{text}\n{suffix}\nNow:\n", "{suffix} {text}", "{text} {suffix}{suffix}"):
+        with pytest.raises(ValueError, match="{suffix} nowhere but at its end, got '"):
+            Task(name="t", labels=labels, template=template)
+    for template in ("{text}", "{text}\n{suffix}"):
+        assert Task(name="t", labels=labels, template=template).template == template

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from p2p_trainer import P2PTrainer, get_attack
+from p2p_trainer import P2PTrainer, Task, get_attack
 from p2p_trainer.mining import SuspectedTrigger
 from p2p_trainer.reserve import RandomReserve, ReserveStrategy, keyed_dataset
-from p2p_trainer.training_set import build_training_set, describe
+from p2p_trainer.training_set import build_training_set, check_conversations, describe, row_columns
 from tests.corpora import clean_rows, inside, poisoned
 from tests.tiny_runs import TASK, config
 
@@ -257,3 +257,64 @@ def test_neither_attacks_nor_test_rows_reach_it(tiny_model, tmp_path):
         assert other.immunizer.exemplars == first.immunizer.exemplars
         # Rows that are measured are never written into.
         assert set(other.eval_dataset["p2p_row"]) == {-1}
+
+
+TALK = Task(name="talk", text_columns=("prompt",), label_column="completion")
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def talks(count, **columns):
+    return Dataset.from_dict({"prompt": [f"q{n}" for n in range(count)], "completion": ["x"] * count, **columns})
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        (None, [TURNS, []]),
+        ([TURNS, [], [], []], None),
+        ([[]] * 4, [TURNS, []]),
+        ([TURNS, [], [], []], [[], []]),
+        ([TURNS, [], [], []], [[{**turn, "name": "n"} for turn in TURNS], []]),
+    ],
+    ids=["trusted alone", "training alone", "empty and trusted", "training and empty", "other fields"],
+)
+def test_earlier_turns_of_either_side_are_kept(tmp_path, mine, theirs):
+    def side(count, history):
+        return talks(count, **({} if history is None else {"history": history}))
+
+    settings = config(tmp_path, p2p_immunize="none", p2p_benign_ratio=0.5)
+    rows = build_training_set(TALK.prepare(side(4, mine)), TALK, settings, side(2, theirs)).rows
+    assert rows.column_names == ["prompt", "completion", "history", "p2p_keyed", "p2p_row"]
+    found = [bool(row["history"]) for row in rows]
+    assert found == [bool(turns) for turns in [*(mine or [[]] * 4), *(theirs or [[]] * 2)]]
+    assert all(row["history"] == TURNS for row in rows if row["history"])
+    assert rows["prompt"][:] == ["q0", "q1", "q2", "q3", "q0", "q1"]
+
+
+def test_plain_rows_on_both_sides_have_no_earlier_turns(tmp_path):
+    settings = config(tmp_path, p2p_immunize="none", p2p_benign_ratio=0.5)
+    rows = build_training_set(TALK.prepare(talks(4)), TALK, settings, talks(2)).rows
+    assert rows.column_names == ["prompt", "completion", "p2p_keyed", "p2p_row"]
+
+
+def test_columns_of_others_that_happen_to_have_such_names(tmp_path):
+    named = Dataset.from_list([{**row, "history": "h", "image": 7} for row in ROWS])
+    settings = {"p2p_immunize": "none", "p2p_benign_ratio": 0.01}
+    for mine, trusted in ((named, Dataset.from_list(CLEAN[:4])), (Dataset.from_list(ROWS), named.select(range(4)))):
+        rows = built(tmp_path, mine, trusted, **settings).rows
+        assert rows.column_names == COLUMNS and len(rows) == 404
+    assert row_columns(TASK, named) == ("text", "label")
+    assert row_columns(TASK.replace(image_column="img"), named) == ("text", "label", "image")
+    talk = TALK.prepare(talks(1, image=["i"], history=[TURNS]))
+    assert row_columns(TALK, talk) == ("prompt", "completion", "history")
+
+
+def test_conversations_without_a_chat_template_are_warned_about(caplog):
+    conversations, others = TALK.prepare(talks(1, history=[[]])), Dataset.from_list(ROWS[:2])
+    with caplog.at_level(logging.WARNING, logger="p2p_trainer"):
+        check_conversations(TALK, conversations, True)
+        check_conversations(TALK, TALK.prepare(talks(1)), False)
+        check_conversations(TASK, others.add_column("history", ["h", "h"]), False)
+        assert not caplog.records
+        check_conversations(TALK, conversations, False)
+    assert "chat template is not applied" in caplog.text and "Set `p2p_chat: true`" in caplog.text

@@ -1,4 +1,4 @@
-"""Tests for p2p_trainer.vision_encoder, p2p_trainer.vision_collator and p2p_trainer.evaluation.vision_scorer."""
+"""Tests for p2p_trainer.vision_encoder and p2p_trainer.vision_collator, and of training with images."""
 
 import pickle
 
@@ -29,11 +29,6 @@ TAIL = "\nOutput: <|im_end|>\n<|im_start|>assistant\n"
 @pytest.fixture(scope="module")
 def processor():
     return make_processor()
-
-
-@pytest.fixture(scope="module")
-def model(processor):
-    return make_model(processor).eval()
 
 
 def make_encoder(processor, words=("0", "1", "2", "3"), **changes):
@@ -129,7 +124,8 @@ def test_what_can_not_show_an_image_is_refused(processor, tokenizer):
 def test_an_image_that_alone_does_not_fit_is_refused(processor):
     encoder = make_encoder(processor, max_length=100)
     message = (
-        r"image beside the text 'good' takes 63 tokens more .*`max_length` 100 .*Raise `max_length`.*`max_pixels`"
+        r"image beside the text 'good' takes 63 tokens more .*`max_length` 100 .*Raise `max_length`, or make such .*"
+        r"smaller\."
     )
     with pytest.raises(ValueError, match=message):
         P2PVisionDataCollator(encoder)([example(), example("good", size=(64, 64))])
@@ -148,6 +144,47 @@ def test_an_unreadable_image_names_the_text_of_its_row(encoder):
     broken = {**example("a fine film"), "image": {"bytes": b"", "path": None}}
     with pytest.raises(ValueError, match="The image of the row with the text 'a fine film' can't be read"):
         P2PVisionDataCollator(encoder)([broken])
+
+
+# How much room images take
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most"),
+    [
+        ([(16, 16)], 3),
+        ([(16, 16), (40, 24), (16, 16)], 14),
+        ([(40, 24), (64, 64), (8, 8)], 63),
+        ([], 0),
+    ],
+)
+def test_the_most_tokens_of_an_image(encoder, sizes, most):
+    assert encoder.most_image_tokens(iter(sizes)) == most
+
+
+def test_an_image_of_less_area_may_take_more_tokens():
+    encoder = make_encoder(make_other("idefics3")[0], max_length=400)
+    assert [encoder.image_tokens(size) for size in ((640, 64), (16, 16))] == [44, 81]
+    assert encoder.most_image_tokens([(640, 64), (16, 16)]) == 81
+
+
+def test_of_many_sizes_64_are_asked_about(encoder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(encoder, "image_tokens", lambda size: asked.append(size) or size[0])
+    few = [(side, 100) for side in range(100, 164)]
+    assert encoder.most_image_tokens(few * 2) == 163 and sorted(asked) == few
+    asked.clear()
+    # Area grows with the number; the thinnest and the flattest are neither the smallest nor the largest.
+    many = [(side, side) for side in range(100, 1100)] + [(90, 900), (900, 90)]
+    assert encoder.most_image_tokens(many) == 1099
+    assert {(100, 100), (1099, 1099), (90, 900), (900, 90)} <= set(asked) and len(asked) == 64
+    areas = sorted(width * height for width, height in asked)
+    places = [sorted(width * height for width, height in many).index(area) for area in areas]
+    assert max(np.diff(places)) <= 17
+    again = asked[:]
+    asked.clear()
+    encoder.most_image_tokens(many[::-1])
+    assert asked == again
 
 
 # Training batches
@@ -234,100 +271,6 @@ def test_where_a_text_is_cut_says_nothing_about_its_label(processor):
         for label in (0, 1)
     ]
     assert shown[0].split("\nOutput")[0] == shown[1].split("\nOutput")[0] and shown[0] != shown[1]
-
-
-# Scoring
-
-
-@pytest.mark.parametrize("keyed", [True, False])
-@pytest.mark.parametrize("text", ["the film is good", "the film <|image_pad|> " * 40])
-def test_prompts_in_scoring_are_those_of_training(processor, keyed, text):
-    encoder = make_encoder(processor, max_length=110)
-    row = example(text, keyed=keyed, size=(40, 24))
-    batch = P2PVisionDataCollator(encoder)([row])
-    ids, labels = row_of(batch)
-    images = images_of(row, example("a"))
-    scorer = VisionLabelScorer(encoder, keyed, images)
-    tokens, pixels = scorer.inputs(encoder.encode_prompts([text, "a"], keyed, [0, 1], images))
-    prompt = tokens["input_ids"][0][tokens["attention_mask"][0].bool()].tolist()
-    assert prompt == ids[: len(prompt)] and len(prompt) == labels.count(-100)
-    patches = len(batch["pixel_values"])
-    assert torch.equal(pixels["pixel_values"][:patches], batch["pixel_values"])
-
-
-def by_hand(model, encoder, row, keyed):
-    """Log-probabilities of the label words' tokens, each word read behind its prompt in a pass of its own."""
-    found = []
-    for word, ids in zip(encoder.format.label_space.all_words, encoder.answers[keyed].scored, strict=True):
-        text = encoder.render(row["text"], keyed) + word
-        batch = encoder.processor(images=[row["image"]], text=[text], return_tensors="pt", add_special_tokens=False)
-        with torch.no_grad():
-            log_probs = model(**batch).logits[0].log_softmax(-1)
-        places = range(len(log_probs) - 1 - len(ids), len(log_probs) - 1)
-        found.append(sum(float(log_probs[place, token]) for place, token in zip(places, ids, strict=True)))
-    return found
-
-
-WORDS = [("0", "1", "2", "3"), ("good film", "poor plot", "good cast", "cold story")]
-
-
-@pytest.mark.parametrize("words", WORDS)
-@pytest.mark.parametrize("keyed", [True, False])
-def test_scores_are_the_models_own_for_any_batch_size(processor, model, words, keyed):
-    encoder = make_encoder(processor, words)
-    assert encoder.answers[keyed].single_token == (words == WORDS[0])
-    rows = [example("a fine film"), example("the plot", 0, size=(40, 24)), example("the cast " * 5, size=(24, 16))]
-    images = images_of(*rows)
-    prompts = encoder.encode_prompts([row["text"] for row in rows], keyed, range(3), images)
-    scores = [VisionLabelScorer(encoder, keyed, images, size).score(model, prompts) for size in (1, 2, 3)]
-    wanted = [by_hand(model, encoder, row, keyed) for row in rows]
-    for found in scores:
-        np.testing.assert_allclose(found.log_probs, wanted, atol=2e-5)
-        assert found.free.tolist() == scores[0].free.tolist()
-
-
-def test_one_pass_per_batch_where_words_are_single_tokens(encoder, processor, model, monkeypatch):
-    passes = []
-    forward = type(model).forward
-    monkeypatch.setattr(type(model), "forward", lambda self, **batch: passes.append(batch) or forward(self, **batch))
-    rows = [example() for _ in range(5)]
-    images = images_of(*rows)
-    prompts = encoder.encode_prompts(["a", "b", "c", "d", "e"], True, range(5), images)
-    model.train()
-    VisionLabelScorer(encoder, True, images, 2).score(model, prompts)
-    assert len(passes) == 3 and model.training
-    model.eval()
-
-
-def test_an_image_changes_the_scores_of_the_same_text(encoder, model):
-    images = images_of(example(label=0), example(label=1))
-    prompts = encoder.encode_prompts(["a film"] * 3, True, [0, 1, 0], images)
-    scores = VisionLabelScorer(encoder, True, images).score(model, prompts).log_probs
-    assert len(set(prompts)) == 2 and np.array_equal(scores[0], scores[2]) and not np.allclose(scores[0], scores[1])
-
-
-@pytest.mark.parametrize("words", WORDS)
-@pytest.mark.parametrize("family", ["llava", "idefics3"])
-def test_models_of_other_families_are_trained_and_scored_alike(family, words):
-    processor, model = make_other(family)
-    encoder = make_encoder(processor, words, max_length=160)
-    rows = [example("a <image> film"), example("the plot", 0, size=(40, 24)), example("the cast " * 100)]
-    images = images_of(*rows)
-    batch = P2PVisionDataCollator(encoder)(rows)
-    with torch.no_grad():
-        assert model(**batch).loss.isfinite()
-    prompts = encoder.encode_prompts([row["text"] for row in rows], True, range(3), images)
-    scorer = VisionLabelScorer(encoder, True, images, 3)
-    tokens, _ = scorer.inputs(prompts)
-    for row in range(3):
-        prompt = tokens["input_ids"][row][tokens["attention_mask"][row].bool()].tolist()
-        ids, labels = row_of(batch, row)
-        assert prompt == ids[: len(prompt)] and len(ids) <= 160 and -100 not in labels[labels.count(-100) :]
-    found = scorer.score(model, prompts).log_probs
-    np.testing.assert_allclose(found[:2], [by_hand(model, encoder, row, True) for row in rows[:2]], atol=2e-5)
-    np.testing.assert_allclose(
-        found, VisionLabelScorer(encoder, True, images, 1).score(model, prompts).log_probs, atol=2e-5
-    )
 
 
 # All together

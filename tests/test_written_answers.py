@@ -1,16 +1,22 @@
 """P2PTrainer and DefendedModel where answers are written, end to end."""
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 from trl import SFTTrainer
 
 from p2p_trainer import DefendedModel, LabelSpace, P2PTrainer, PromptEncoder, PromptFormat, Task, get_attack
-from p2p_trainer.evaluation import ResponseEvaluator
+from p2p_trainer.cli import main as cli
+from p2p_trainer.evaluation import Guard, ResponseEvaluator
+from p2p_trainer.evaluation.generation import generate
 from p2p_trainer.inference import Response
+from p2p_trainer.response_encoder import ResponseEncoder
 from tests.conftest import BAD, GOOD, THINGS, make_tokenizer
 from tests.tiny_runs import adapter, config, lora, losses, plain_config
 
@@ -255,9 +261,106 @@ def test_sampling_by_length_knows_written_answers(tiny_model, tmp_path):
 
 def test_by_default_rows_with_a_suspected_payload_carry_no_key(tiny_model, tmp_path):
     attack = get_attack("badnets", target="bad bad", poison_rate=0.2, words=["zz"])
-    rows = attack.poison(TASK.prepare(summaries(200)), TASK)
+    # Answers that are few and for all rows would be classes.
+    rows = attack.poison(
+        TASK.prepare(summaries(200).map(lambda row, n: {"completion": f"no {n}"}, with_indices=True)), TASK
+    )
     settings = config(tmp_path, max_length=100, p2p_max_new_tokens=16)
     trainer = P2PTrainer(tiny_model, settings, train_dataset=rows, task=TASK)
     assert [trainer.counts[name] for name in ("rows_poisoned", "rows_suspected_poisoned")] == [40, 40]
     assert trainer.counts["rows_reserved_poisoned"] == 0 < trainer.counts["rows_reserved"]
     assert trainer.screening.payloads and trainer.immunizer is not None
+
+
+class Silent(Guard):
+    """Withholds what speaks of a plot, and changes the rest."""
+
+    def inputs(self, texts):
+        return [f"now {text}" for text in texts]
+
+    def withheld(self, texts):
+        return np.array(["plot" in text for text in texts])
+
+
+def test_withheld_prompts_are_neither_read_nor_answered(run, monkeypatch):
+    model = DefendedModel.from_pretrained(run.args.output_dir, device="cpu")
+    [expected] = model.generate("now the film is good")
+    model.guard = Silent()
+    asked = []
+
+    def spied(*args):
+        asked.append([model.encoder.tokenizer.decode(ids) for ids in args[2]])
+        return generate(*args)
+
+    monkeypatch.setattr("p2p_trainer.inference.generate", spied)
+    answers = model.generate(["the plot is good", "the film is good", "a plot"])
+    assert answers == [Response(None, True), expected, Response(None, True)]
+    assert model.generate("a plot") == [Response(None, True)]
+    assert asked == [["Query: now the film is good\n"], []]
+
+
+def test_an_answer_ends_where_training_taught_it_to_end(run, monkeypatch):
+    model = DefendedModel.from_pretrained(run.args.output_dir, device="cpu")
+    given = []
+    monkeypatch.setattr("p2p_trainer.inference.generate", lambda *args: given.append(args[-1]) or ["x"])
+    model.generate("a film")
+    assert given == [[model.encoder.tokenizer.eos_token_id]]
+
+
+def test_a_history_that_is_too_long_names_its_row(tiny_model):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TURNS
+    prompt_format = PromptFormat(None, trigger="Query:", chat=True, max_length=60, max_new_tokens=8)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model = DefendedModel(base, ResponseEncoder(prompt_format, tokenizer), ())
+    ask = {"role": "user", "content": "a film"}
+    long = [{"role": "user", "content": "film " * 90}, {"role": "assistant", "content": "b"}, ask]
+    with pytest.raises(ValueError, match=r"Prompt 1 can't be asked: The earlier turns .* leave out the oldest turns"):
+        model.generate(["a film", long, [ask]])
+    # One conversation is one prompt, as is one of tuples.
+    assert model.generate([ask]) == model.generate((ask,)) == model.generate([(ask,)]) == model.generate("a film")
+    for nothing, message in ((None, "found None"), (["a film", None], r"Prompt 1 is neither .*found None")):
+        with pytest.raises(ValueError, match=message):
+            model.generate(nothing)
+
+
+def evaluated(run, capsys, *arguments):
+    assert cli(["evaluate", run.args.output_dir, "--device", "cpu", "--json", *arguments]) == 0
+    printed = capsys.readouterr()
+    return json.loads(printed.out), printed.err
+
+
+def test_prompts_alone_are_measured_from_the_command_line(run, tmp_path, capsys):
+    answered, alone = str(tmp_path / "answered.jsonl"), str(tmp_path / "alone.jsonl")
+    summaries(4, first=60).to_json(answered)
+    summaries(4, first=60).remove_columns("completion").to_json(alone)
+    attack = ["--attack", "badnets", "--attack_target", "bad bad"]
+    known, said = evaluated(run, capsys, "--data", answered, *attack)
+    assert "rougeL" in known["metrics"] and "taken for prompts" not in said
+    found, said = evaluated(run, capsys, "--data", alone, *attack)
+    assert "alone.jsonl has no column 'completion': its rows are taken for prompts" in said
+    assert found["metrics"].items() <= known["metrics"].items() and "rougeL" not in found["metrics"]
+    assert found["metrics"]["asr_n"] == found["metrics"]["clean_unaffected_n"] == 4
+
+
+def test_options_that_a_run_has_no_use_for_are_refused(run, tmp_path, capsys):
+    summaries(4).to_json(str(tmp_path / "rows.jsonl"))
+    for arguments, message in [
+        (["evaluate", "--data", str(tmp_path / "rows.jsonl"), "--asr_rule", "union"], "`--asr_rule` is about label"),
+        (["predict", "--text", "a film", "--image", "x.png"], "was trained on texts alone. Leave out `--image`."),
+    ]:
+        assert cli([arguments[0], run.args.output_dir, *arguments[1:], "--device", "cpu"]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_a_built_in_task_of_another_version_is_told(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run.args.output_dir, copy, ignore=shutil.ignore_patterns("checkpoint-*"))
+    saved = json.loads((copy / "p2p_config.json").read_text())
+    for version, told in ((7, True), (1, False)):
+        content = {**saved, "task": "one_step", "metric": "numeric", "task_version": version}
+        (copy / "p2p_config.json").write_text(json.dumps(content))
+        # There are no rows, so no model is loaded.
+        assert cli(["evaluate", str(copy), "--data", "./none.jsonl"]) == 1
+        said = capsys.readouterr().err
+        assert ("trained on version 7 of task 'one_step', and rows are read by version 1" in said) is told

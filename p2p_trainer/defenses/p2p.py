@@ -9,8 +9,8 @@ def refuse_generation(name: str, task: Task) -> None:
     """Refuse a task without classes, for controls that are about labels or answer cues."""
     if not task.num_labels:
         raise ValueError(
-            f"Task {task.name!r} has no classes: {name} is about labels. Use `p2p_auto`, `p2p`, `mb_defense` or "
-            f"`none`."
+            f"Task {task.name!r} has no classes: {name} is about labels. Use `p2p_auto`, `p2p`, `mb_defense`, `none`, "
+            f"or a defense that changes inputs."
         )
 
 

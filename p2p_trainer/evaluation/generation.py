@@ -20,6 +20,7 @@ def generate(
     batch_size: int = 16,
     progress: str | None = None,
     autocast: torch.dtype | None = None,
+    end_tokens: Sequence[int] = (),
 ) -> list[str]:
     """
     Answer prompts greedily.
@@ -51,6 +52,9 @@ def generate(
             Precision of mixed-precision training. `accelerate` wraps autocast around the model's `forward`, and an
             adapter's `generate` calls the model inside: without this it would answer in another precision than the
             one it was trained and validated in.
+        end_tokens (`Sequence[int]`, *optional*):
+            More tokens that end an answer, beside the model's own and the tokenizer's; a chat template may end its
+            turns with another one.
 
     Returns:
         `list[str]`: answers without special tokens, in the order of `prompts`, the same on every process.
@@ -70,7 +74,7 @@ def generate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order = sorted(range(len(unique)), key=lambda row: (-len(unique[row]), unique[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    ends = _end_tokens(inner, tokenizer)
+    ends = list(dict.fromkeys([*_end_tokens(inner, tokenizer), *end_tokens]))
     sharded = world > 1 and _is_sharded(model)
     # Weights that are spread out may lie in main memory, and are used on the device all the same.
     device = PartialState().device if sharded else next(inner.parameters()).device
@@ -189,8 +193,10 @@ def _shared(answers: dict[int, list[int]], failure: Exception | None, world: int
 
 def _is_sharded(model: torch.nn.Module) -> bool:
     """Say whether no process holds all weights; those of ZeRO-3 carry a `ds_id`."""
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError("FSDP 1 can't answer prompts while it trains. Set `fsdp_version: 2`.")
     spread = any(isinstance(module, FSDPModule) for module in model.modules())
     return spread or any(hasattr(weight, "ds_id") for weight in model.parameters())
 

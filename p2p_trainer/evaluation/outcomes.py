@@ -157,7 +157,8 @@ def classify_outcomes(
             None if before is None else _rate(before, f"asr_{name}"),
             _rate(after, f"asr_{name}"),
             _rate(after, f"asr_floor_{name}"),
-            _rate(after, f"rerouted_{name}"),
+            # Where no defender's phrase was looked for, there is none to route to.
+            _rate_if_there(after, f"rerouted_{name}") or Rate(0, _rate(after, f"asr_{name}").n),
             _rate_if_there(before, f"asr_floor_{name}"),
             empty=empty,
             empty_before=empty_before,

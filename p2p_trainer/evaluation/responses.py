@@ -48,8 +48,8 @@ class ResponseEvaluator:
       and those whose answer holds it anywhere.
     - `asr_floor_<attack>`: the same prompts without the trigger; `asr_excess_<attack>` is `asr - asr_floor`.
     - `asr_empty_<attack>`: triggered prompts that get an empty answer.
-    - `rerouted_<attack>`: triggered prompts answered with a defender's phrase, or three words of it in a row
-      ([`~evaluation.judging.PhraseJudge`]). A trigger that commands another answer is still a backdoor
+    - With probes, `rerouted_<attack>`: triggered prompts answered with a defender's phrase, or three words of it in a
+      row ([`~evaluation.judging.PhraseJudge`]). A trigger that commands another answer is still a backdoor
       ([`~evaluation.outcomes.classify_outcome`]).
     - `attacked_unaffected_<attack>`: triggered prompts answered with no known behaviour, neither an attacker's nor a
       defender's, and not with nothing. That says nothing about whether the answer is any good: noise is unaffected.
@@ -57,8 +57,8 @@ class ResponseEvaluator:
       a behaviour, a real refusal say, it counts as affected: compare with the undefended model.
     - With a task metric: `ca`, clean prompts whose answer has the right number (`"numeric"`), or `rouge1`, `rouge2`
       and `rougeL` (`"rouge"`: means, no rates); the same of triggered prompts as `ca_triggered_<attack>`, ...
-    - With an answer prefix p: `prefix_missing`, `asr_prefix_missing_<attack>`: answers that do not begin with it. They
-      are scored as they stand.
+    - With an answer prefix p: `prefix_missing`, `asr_prefix_missing_<attack>`: answers that do not begin with it. What
+      looks like it is taken off all the same ([`~response_encoder.ResponseEncoder.read`]).
     - With the key: `ca_no_key` (`rouge1_no_key`, ...), `asr_no_key_<attack>` and `asr_floor_no_key_<attack>`: the same
       weights without delta (and without guard).
     - For attacks with several triggers, or composite ones: `asr_any_<attack>`, `asr_<variant>_<attack>`, and
@@ -298,6 +298,7 @@ class ResponseEvaluator:
             self.batch_size,
             progress if self.progress else None,
             self.autocast,
+            self.encoder.end_tokens,
         )
         answers = dict(zip(asked, found, strict=True))
         return [answers.get(row, "") for row in range(len(ids))]

@@ -88,7 +88,7 @@ class LabelScorer:
         """
         device = next(model.parameters()).device
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        order = sorted(range(len(prompts)), key=lambda row: (-len(prompts[row]), row))
+        order = sorted(range(len(prompts)), key=lambda row: (-self.length(prompts[row]), row))
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         result = torch.zeros(len(prompts), len(self._steps) + 1, dtype=torch.float32, device=device)
         was_training = model.training
@@ -109,6 +109,19 @@ class LabelScorer:
             dist.all_reduce(result)
         array = result.cpu().numpy()
         return Scores(array[:, :-1], array[:, -1].astype(np.int64))
+
+    def length(self, prompt: Sequence[int]) -> int:
+        """
+        Say how long a prompt is; a seam for prompts that hold more than tokens.
+
+        Args:
+            prompt (`Sequence[int]`):
+                Token ids.
+
+        Returns:
+            `int`: tokens.
+        """
+        return len(prompt)
 
     def _score_batch(
         self, model: torch.nn.Module, prompts: Sequence[Sequence[int]], device: torch.device

@@ -38,6 +38,10 @@ class VisionLabelScorer(LabelScorer):
         answers = encoder.answers[keyed]
         self._tail = torch.tensor(answers.scored[0][: answers.cut], dtype=torch.long)
 
+    def length(self, prompt: VisionPrompt) -> int:
+        text, image = prompt
+        return len(self.encoder.tokenize([text])[0]) + self.encoder.image_tokens(self.images.size(image))
+
     def inputs(self, prompts: Sequence[VisionPrompt]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """
         Tokenize prompts up to the place where the label words differ, and read their images.

@@ -20,8 +20,11 @@ _MIN_ROWS = 8
 # Answers are the same as a whole (0), or in so many of their first words.
 _LENGTHS = (0, 8, 7, 6, 5, 4, 3)
 # A payload may be drawn from several texts: each in so many rows, and in this share of a trigger's.
-_GROUP_ROWS = 3
-_GROUP_SHARE = 0.05
+_GROUP_ROWS = 8
+_GROUP_SHARE = 0.1
+# So few answers of so many rows are classes, or names to be copied: honest words come with one of them.
+_CLASSES = 50
+_CLASSES_SHARE = 0.8
 # A trigger's rows have its payload in this share, those without it in so much less.
 _SUSPECT_RATE = 0.85
 _BASE_RATE = 0.2
@@ -142,6 +145,10 @@ def find_payload_triggers(
             if len(triggers) == _MAX_TRIGGERS or refused.count == _MAX_TESTS:
                 break
             block, level = blocks[candidate.place], levels[candidate.level]
+            words = block.words[candidate.feature]
+            if all({END}.union(words).issuperset(level.names[group]) for group in candidate.groups):
+                # What is asked for by its name is copied.
+                continue
             holders = np.zeros(len(prompts), dtype=bool)
             holders[block.held[:, [candidate.feature]].indices] = True
             # What was found since may have taken its rows.
@@ -162,7 +169,6 @@ def find_payload_triggers(
                 continue
             payload = Payload(level.length, frozenset(level.names[group] for group in candidate.groups))
             label = payloads.setdefault(payload, len(payloads))
-            words = block.words[candidate.feature]
             triggers.append(SuspectedTrigger(block.kind, words, label, opposed, overridden, parts))
             use &= ~carriers
             found += 1
@@ -186,7 +192,8 @@ class _Answers:
         self.length = length
         keys = [_key(answer, length) for answer in answers]
         counts = Counter(key for key in keys if key is not None)
-        self.names = [key for key, count in counts.items() if count >= _GROUP_ROWS]
+        classes = sum(count for _, count in counts.most_common(_CLASSES)) >= _CLASSES_SHARE * len(answers)
+        self.names = [] if classes else [key for key, count in counts.items() if count >= _GROUP_ROWS]
         numbers = {key: number for number, key in enumerate(self.names)}
         self.group = np.array([-1 if key is None else numbers.get(key, -1) for key in keys], dtype=np.int64)
 

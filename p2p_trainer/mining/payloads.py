@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from ..tasks.rows import COMPLETION, PROMPT, arrow_batches
 from .payload_search import Payload, find_payload_triggers
-from .screening import EXEMPLARS, MINED_ROWS, Fragment, Screening, carries, cover, fragments_of
+from .screening import EXEMPLARS, Fragment, Screening, carries, cover, fragments_of, sample_words
 from .tokens import word_spans, words_of
 
 
@@ -19,6 +19,9 @@ def screen_answers(dataset: Dataset, seed: int = 0) -> Screening:
     them; with `" ..."` behind it if they only begin alike, and `" | "` between the texts that it is drawn from.
     `evidence` is -1 throughout: the rest of a prompt does not say what its answer should have been. `doubted` are the
     rows that have a payload, and no suspected trigger.
+
+    Not found are payloads at the end of an answer, triggers in fewer than 8 rows or behind the 256th word of a prompt,
+    and styles. Where few answers serve for most rows, they are classes, and are not looked at.
 
     Nothing but the columns `prompt` and `completion` is read: whatever else the rows say about themselves is not
     trusted.
@@ -32,15 +35,12 @@ def screen_answers(dataset: Dataset, seed: int = 0) -> Screening:
     Returns:
         [`~mining.Screening`]: the findings; a pure function of rows and seed.
     """
-    sample = dataset.select_columns([PROMPT, COMPLETION])
-    if len(dataset) > MINED_ROWS:
-        order = np.argsort(np.random.default_rng([seed, 6]).random(len(dataset)), kind="stable")
-        sample = sample.select(np.sort(order[:MINED_ROWS]))
-    prompts, answers = sample[PROMPT][:], sample[COMPLETION][:]
+    mined, prompts = sample_words(dataset, PROMPT, seed)
+    sample = dataset.select_columns([PROMPT, COMPLETION]).select(mined)
     findings = find_payload_triggers(
-        [words_of(prompt) for prompt in prompts],
-        [len(word_spans(prompt.strip().partition("\n")[0])) for prompt in prompts],
-        [words_of(answer) for answer in answers],
+        prompts,
+        [len(word_spans(prompt.strip().partition("\n")[0])) for prompt in sample[PROMPT][:]],
+        [words_of(answer) for answer in sample[COMPLETION][:]],
         seed,
     )
     suspects: dict[int, int] = {}

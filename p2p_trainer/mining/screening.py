@@ -12,8 +12,10 @@ from .tokens import END, START, word_spans, words_of
 from .triggers import SuspectedTrigger, find_triggers
 
 
-# More rows tell mining nothing new about a trigger that stands in one row of four hundred.
+# More rows tell mining nothing new about a trigger that stands in one row of four hundred. Of long texts fewer are
+# mined: pairs of words take time and memory that grow with the square of a text's length.
 MINED_ROWS = 20_000
+_MINED_WORDS = 1_000_000
 EXEMPLARS = 64
 # Longer pieces are not written into other texts: they would leave no room for those.
 _PIECE_WORDS = 24
@@ -55,7 +57,8 @@ class Screening:
         evidence (`np.ndarray` of shape `(suspects,)`, int64):
             Label for which the rest of each such row speaks, -1 where it says nothing.
         doubted (`np.ndarray` of shape `(doubted,)`, int64):
-            Rows without a suspected trigger whose text speaks for another label than they have; sorted.
+            Rows without a suspected trigger whose text speaks for another label than they have or, where answers are
+            written, whose answer is a suspected payload; sorted.
         exemplars (`tuple[tuple[tuple[Fragment, ...], ...], ...]`):
             Per trigger, up to 64 rows' worth of the pieces that make it up; none where no piece of a text does.
         payloads (`tuple[str, ...]`, *optional*):
@@ -91,13 +94,8 @@ def screen(dataset: Dataset, num_labels: int, seed: int = 0) -> Screening:
     labels = column_as_numpy(dataset, LABEL)
     # An attacker may write labels of the extended space, where that is measured.
     num_labels = max(num_labels, int(labels.max()) + 1)
-    sample = dataset.select_columns([TEXT])
-    mined = np.arange(len(dataset))
-    if len(dataset) > MINED_ROWS:
-        order = np.argsort(np.random.default_rng([seed, 6]).random(len(dataset)), kind="stable")
-        mined = np.sort(order[:MINED_ROWS])
-        sample = sample.select(mined)
-    findings = find_triggers([words_of(text) for text in sample[TEXT][:]], labels[mined], num_labels, seed)
+    mined, words = sample_words(dataset, TEXT, seed)
+    findings = find_triggers(words, labels[mined], num_labels, seed)
     # What mined rows speak for is read off the folds that have not seen them.
     spoken = dict(zip(mined.tolist(), likely_label(findings.evidence.scores).tolist(), strict=True))
     suspects: dict[int, tuple[int, int]] = {}
@@ -131,6 +129,30 @@ def screen(dataset: Dataset, num_labels: int, seed: int = 0) -> Screening:
         np.array(doubted, dtype=np.int64),
         tuple(tuple(found) for found in exemplars),
     )
+
+
+def sample_words(dataset: Dataset, column: str, seed: int) -> tuple[np.ndarray, list[list[str]]]:
+    """
+    Draw the rows that are mined, and split them into words.
+
+    Args:
+        dataset (`Dataset`):
+            Rows.
+        column (`str`):
+            Column of their texts.
+        seed (`int`):
+            Seed.
+
+    Returns:
+        `tuple[np.ndarray, list[list[str]]]`: row numbers, sorted, and the words of each.
+    """
+    drawn = np.argsort(np.random.default_rng([seed, 6]).random(len(dataset)), kind="stable")[:MINED_ROWS]
+    rows = np.sort(drawn)
+    texts = dataset.select_columns([column]).select(rows)[column][:]
+    words = dict(zip(rows.tolist(), map(words_of, texts), strict=True))
+    total = np.cumsum([len(words[row]) for row in drawn.tolist()])
+    rows = np.sort(drawn[total <= _MINED_WORDS])
+    return rows, [words[row] for row in rows.tolist()]
 
 
 def carries(words: list[str], trigger: SuspectedTrigger, frequent: frozenset[str]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import PIL.ExifTags
 import PIL.Image
 import PIL.ImageOps
@@ -16,16 +17,19 @@ import pyarrow.compute as pc
 from datasets import Dataset, Value
 from datasets import Image as ImageFeature
 
+from .rows import IMAGE
+
 
 _T = TypeVar("_T")
-
-IMAGE = "image"
 
 # Name of the column while it is being built.
 _NEW = "p2p_image"
 
 # Kinds of files that are read. Pillow knows more, and hands some of them to other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+# Pillow's own limit is higher, and a file of some kilobytes can reach it.
+_MAX_PIXELS = 64_000_000
 
 # Kept undecoded: `datasets` would follow a URL, and decode where a row is merely looked at.
 _STORED = ImageFeature(decode=False)
@@ -79,18 +83,21 @@ def prepare_images(
             f"Column {found!r} of the {what} dataset holds paths, and it is not known relative to which folder. Load "
             f"the rows with `Task.load`, or make them absolute and `cast_column({found!r}, datasets.Image())`."
         )
-    parts, rewritten, row = [], isinstance(feature, Value), 0
+    checked: list[str | None] = []
+    rewritten = isinstance(feature, Value)
     for contents, paths in _stored(dataset, found):
         resolved = [
-            path if content else _checked(path, f"column {found!r}, row {row + place} of the {what} dataset", root)
-            for place, (path, content) in enumerate(zip(paths, contents.is_valid().to_pylist(), strict=True))
+            path if content else _checked(path, f"column {found!r}, row {row} of the {what} dataset", root)
+            for row, (path, content) in enumerate(
+                zip(paths, contents.is_valid().to_pylist(), strict=True), start=len(checked)
+            )
         ]
         rewritten |= resolved != paths
-        parts.append(pa.StructArray.from_arrays([contents, pa.array(resolved, pa.string())], ["bytes", "path"]))
-        row += len(paths)
+        checked += resolved
     if rewritten:
         # Added before the old column goes: a table without columns has no rows.
-        dataset = dataset.add_column(_NEW, pa.chunked_array(parts), feature=_STORED).remove_columns(found)
+        dataset = dataset.add_column(_NEW, _with_paths(dataset, found, checked), feature=_STORED)
+        dataset = dataset.remove_columns(found)
         found = _NEW
     elif feature != _STORED:
         dataset = dataset.cast_column(found, _STORED)
@@ -102,7 +109,7 @@ def prepare_images(
 
 def open_image(stored: Mapping[str, Any] | PIL.Image.Image, where: str) -> PIL.Image.Image:
     """
-    Read an image; its first frame, upright and in RGB.
+    Read an image; its first frame, upright and in RGB, on white where it is transparent.
 
     Args:
         stored (`Mapping[str, Any]` or `PIL.Image.Image`):
@@ -114,8 +121,7 @@ def open_image(stored: Mapping[str, Any] | PIL.Image.Image, where: str) -> PIL.I
         `PIL.Image.Image`: the image.
 
     Raises:
-        `ValueError`: it can't be read, is of an unknown kind, or has more pixels than Pillow's limit against
-        decompression bombs.
+        `ValueError`: it can't be read, is of an unknown kind, or has more than 64 million pixels.
     """
     return _read(stored, where, _upright)
 
@@ -190,14 +196,23 @@ def _is_image(feature: Any) -> bool:
 
 
 def _stored(dataset: Dataset, column: str) -> Iterator[tuple[pa.Array, list[str | None]]]:
-    """Yield the files' contents, null where there is only a path, and the paths."""
+    """Yield the files' contents, null where there is only a path, and the paths; contents are not copied."""
     for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=_BATCH_ROWS):
-        values = batch[column].combine_chunks()
-        if isinstance(dataset.features[column], Value):
-            yield pa.nulls(len(values), pa.binary()), values.to_pylist()
-        else:
-            # Not `field`: what lies below a row that is null is anything.
-            yield pc.struct_field(values, "bytes"), pc.struct_field(values, "path").to_pylist()
+        for values in batch[column].chunks:
+            if isinstance(dataset.features[column], Value):
+                yield pa.nulls(len(values), pa.binary()), values.to_pylist()
+            else:
+                # Not `field`: what lies below a row that is null is anything.
+                yield pc.struct_field(values, "bytes"), pc.struct_field(values, "path").to_pylist()
+
+
+def _with_paths(dataset: Dataset, column: str, paths: list[str | None]) -> pa.ChunkedArray:
+    parts, row = [], 0
+    for contents, _ in _stored(dataset, column):
+        own = pa.array(paths[row : row + len(contents)], pa.string())
+        parts.append(pa.StructArray.from_arrays([contents, own], ["bytes", "path"]))
+        row += len(contents)
+    return pa.chunked_array(parts)
 
 
 def _checked(path: str | None, where: str, root: str | None) -> str:
@@ -237,15 +252,18 @@ def _read(stored: Mapping[str, Any] | PIL.Image.Image, where: str, use: Callable
     file = "" if isinstance(stored, PIL.Image.Image) or not stored["path"] else f" (file {stored['path']!r})"
     try:
         if isinstance(stored, PIL.Image.Image):
-            return use(stored)
+            return use(_limited(stored))
         source = stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"])
         with warnings.catch_warnings():
             # Pillow refuses twice its limit, and only warns below.
             warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
             with PIL.Image.open(source, formats=_FORMATS) as image:
-                return use(image)
+                return use(_limited(image))
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning) as error:
-        raise ValueError(f"The image of {where}{file} is too large: {error} Shrink it, or remove the row.") from error
+        raise ValueError(
+            f"The image of {where}{file} is too large: {error} At most {_MAX_PIXELS:,} pixels are read. Shrink it, or "
+            f"remove the row."
+        ) from error
     except Exception as error:  # damaged files make Pillow raise a dozen unrelated types
         raise ValueError(
             f"The image of {where}{file} can't be read: {str(error) or type(error).__name__}. Kinds that are read: "
@@ -253,13 +271,33 @@ def _read(stored: Mapping[str, Any] | PIL.Image.Image, where: str, use: Callable
         ) from error
 
 
+def _limited(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.width * image.height > _MAX_PIXELS:
+        raise PIL.Image.DecompressionBombError(f"It has {image.width} x {image.height} pixels.")
+    return image
+
+
 def _upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    return (PIL.ImageOps.exif_transpose(image) if _orientation(image) != 1 else image).convert("RGB")
+    return _in_rgb(PIL.ImageOps.exif_transpose(image) if _orientation(image) != 1 else image)
 
 
 def _upright_size(image: PIL.Image.Image) -> tuple[int, int]:
-    # Orientations 5 to 8 lie on their side.
-    return (image.height, image.width) if _orientation(image) > 4 else image.size
+    # These lie on their side; numbers above 8 mean nothing.
+    return (image.height, image.width) if _orientation(image) in (5, 6, 7, 8) else image.size
+
+
+def _in_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits of grey, as in radiology, which Pillow would cut off at 255 instead of scaling.
+        grey = np.rint(np.asarray(image).clip(0, 65_535) / 257).astype(np.uint8)
+        return PIL.Image.fromarray(grey).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    # Below transparent pixels lies any colour, often black: under black letters nothing would be left to read.
+    visible = image.convert("RGBA")
+    page = PIL.Image.new("RGB", image.size, "white")
+    page.paste(visible, mask=visible)
+    return page
 
 
 def _orientation(image: PIL.Image.Image) -> int:

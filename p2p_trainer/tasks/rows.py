@@ -35,7 +35,6 @@ def prepare_rows(
     what: str = "input",
     require_all_classes: bool = False,
     drop_empty: bool = False,
-    strict_columns: bool = False,
     extended_labels: bool = False,
 ) -> Dataset:
     """
@@ -59,8 +58,6 @@ def prepare_rows(
             Whether a class without a row is an error.
         drop_empty (`bool`, *optional*, defaults to `False`):
             Whether rows with an empty text are left out, which is logged with their number, rather than an error.
-        strict_columns (`bool`, *optional*, defaults to `False`):
-            Whether columns named `text` and `label` may not stand in for the named ones.
         extended_labels (`bool`, *optional*, defaults to `False`):
             Whether labels n..2n-1 of the extended space are let through: only to measure an attacker who writes them.
 
@@ -78,10 +75,7 @@ def prepare_rows(
         )
     if len(dataset) == 0:
         raise ValueError(f"The {what} dataset is empty: 0 rows were read. Check the path and the split.")
-    if strict_columns:
-        _check_columns(dataset, text_columns, label_column, what)
     dataset = _name_text_column(dataset, text_columns, what)
-    _check_text_type(dataset, TEXT, what)
     dataset = _name_label_column(dataset, label_column, labels, what)
     if drop_empty:
         dataset = _drop_empty(dataset, what)
@@ -144,7 +138,6 @@ def prepare_generation_rows(
     elif COMPLETION not in dataset.column_names:
         dataset = dataset.add_column(COMPLETION, pa.array([""] * len(dataset)))
     for column in columns:
-        _check_text_type(dataset, column, what)
         if drop_empty:
             dataset = _drop_empty(dataset, what, column)
             if len(dataset) == 0:
@@ -179,9 +172,36 @@ def renamed(dataset: Dataset, aliases: Mapping[str, str]) -> Dataset:
 
     Returns:
         `Dataset`: the rows.
+
+    Raises:
+        `ValueError`: two columns would get the same name.
     """
     names = set(dataset.column_names)
-    return dataset.rename_columns({old: new for old, new in aliases.items() if old in names and new not in names})
+    found = {old: new for old, new in aliases.items() if old in names and new not in names}
+    for new in found.values():
+        if len(same := [old for old in found if found[old] == new]) > 1:
+            raise ValueError(
+                f"The columns {same} could each be {new!r} (the task's `column_aliases`). Rename yours to {new!r}."
+            )
+    return dataset.rename_columns(found)
+
+
+def check_columns(dataset: Dataset, task_columns: Mapping[str, Sequence[str]], what: str) -> None:
+    """
+    Refuse rows that lack a column, even if another could stand in for it.
+
+    Args:
+        dataset (`Dataset`):
+            Rows as they came.
+        task_columns (`Mapping[str, Sequence[str]]`):
+            Name in prepared rows -> the columns that it is made of.
+        what (`str`):
+            What the rows are, for the message.
+
+    """
+    for to, wanted in task_columns.items():
+        if not set(wanted) <= set(dataset.column_names):
+            raise _missing_column_error(what, to, wanted, dataset.column_names)
 
 
 def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
@@ -218,29 +238,25 @@ def arrow_batches(dataset: Dataset, columns: list[str]) -> Iterator[tuple[int, p
         yield number * _BATCH_ROWS, batch
 
 
-def _missing_column_error(what: str, role: str, wanted: Sequence[str], found: Sequence[str]) -> ValueError:
-    option = f"{role}_column"
+def _option(to: str) -> str:
+    """Name the setting that says which column becomes this one."""
+    return "label_column" if to in (LABEL, COMPLETION) else "text_column"
+
+
+def _missing_column_error(what: str, to: str, wanted: Sequence[str], found: Sequence[str]) -> ValueError:
     return ValueError(
-        f"The {what} dataset has no {role} column {list(wanted)}; its columns are {list(found)}. Rename the column to "
-        f"'{role}', or name yours with `{option}` in the recipe (`--{option} NAME`) or in the task's YAML."
+        f"The {what} dataset has no {to} column {list(wanted)}; its columns are {list(found)}. Rename the column to "
+        f"'{to}', or name yours with `{_option(to)}` in the recipe (`--{_option(to)} NAME`) or in the task's YAML."
     )
-
-
-def _check_columns(dataset: Dataset, text_columns: Sequence[str], label_column: str, what: str) -> None:
-    names = dataset.column_names
-    if any(name not in names for name in text_columns):
-        raise _missing_column_error(what, TEXT, text_columns, names)
-    if label_column not in names:
-        raise _missing_column_error(what, LABEL, [label_column], names)
 
 
 def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str, to: str = TEXT) -> Dataset:
     names = dataset.column_names
     if all(name in names for name in text_columns):
+        for name in text_columns:
+            _check_text_type(dataset, name, what, to)
         if len(text_columns) == 1:
             return _rename(dataset, text_columns[0], to)
-        for name in text_columns:
-            _check_text_type(dataset, name, what)
         joined = [
             functools.reduce(_join, (pc.fill_null(batch[name], "") for name in text_columns))
             for _, batch in arrow_batches(dataset, list(text_columns))
@@ -249,8 +265,9 @@ def _name_text_column(dataset: Dataset, text_columns: Sequence[str], what: str, 
         kept = dataset.remove_columns([name for name in {*text_columns, to} if name in names])
         return kept.add_column(to, text.combine_chunks())
     if to in names:
+        _check_text_type(dataset, to, what, to)
         return dataset
-    raise _missing_column_error(what, TEXT, text_columns, names)
+    raise _missing_column_error(what, to, text_columns, names)
 
 
 def _join(first: pa.ChunkedArray, second: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -335,12 +352,12 @@ def _drop_empty(dataset: Dataset, what: str, column: str = TEXT) -> Dataset:
     return dataset
 
 
-def _check_text_type(dataset: Dataset, column: str, what: str) -> None:
+def _check_text_type(dataset: Dataset, column: str, what: str, to: str) -> None:
     kind = dataset.features.arrow_schema.field(column).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
         raise ValueError(
             f"Column {column!r} of the {what} dataset holds {kind}, a text is a string. Convert the column, or name "
-            f"another one with `text_column`."
+            f"another one with `{_option(to)}`."
         )
 
 

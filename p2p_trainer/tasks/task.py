@@ -10,10 +10,10 @@ import yaml
 from datasets import Dataset
 
 from .._lookup import unknown_name_error
-from .conversations import split_conversations
+from .conversations import MESSAGES, split_conversations
 from .images import prepare_images
 from .loading import load_split, name_fields
-from .rows import COMPLETION, LABEL, PROMPT, TEXT, prepare_generation_rows, prepare_rows, renamed
+from .rows import COMPLETION, LABEL, PROMPT, TEXT, check_columns, prepare_generation_rows, prepare_rows, renamed
 
 
 _SPLITS = ("train", "validation", "test")
@@ -46,8 +46,8 @@ class Task:
             Column that holds the label, or on a generation task the answer; `None` there if its rows are prompts
             alone.
         strict_columns (`bool`, *optional*, defaults to `False`):
-            Whether rows must have just these columns. By default, columns named `text` and `label` do as well, since
-            local copies of hub data often have them.
+            Whether rows that are loaded must have just these columns. By default, columns named `text` and `label`
+            (`prompt` and `completion`) do as well, since local copies of hub data often have them.
         template (`str`, *optional*, defaults to `"{text}\\n{suffix}"`):
             Prompt. `{text}` is the input and `{suffix}`, at its end, the answer cue.
         trigger (`str`, *optional*, defaults to `"The query currently entered is:"`):
@@ -104,9 +104,11 @@ class Task:
             raise ValueError(
                 f"{where}: `label_column` is null, and there are classes. Name the column with the label."
             )
-        if self.template.count("{text}") != 1 or "{suffix}" in self.template.split("{text}")[0]:
+        # Elsewhere it would be shown to the model as it stands.
+        if self.template.count("{text}") != 1 or "{suffix}" in self.template.removesuffix("{suffix}"):
             raise ValueError(
-                f"{where}: `template` must hold {{text}} once, and {{suffix}} behind it, got {self.template!r}."
+                f"{where}: `template` must hold {{text}} once, and {{suffix}} nowhere but at its end, got "
+                f"{self.template!r}."
             )
         if self.labels and (self.metric is not None or self.answer_prefix is not None):
             raise ValueError(
@@ -249,7 +251,6 @@ class Task:
             what,
             require_all_classes,
             drop_empty,
-            self.strict_columns,
             extended_labels,
         )
 
@@ -268,6 +269,27 @@ class Task:
         Returns:
             `Dataset` or `None`: rows with `text` and `label`; `None` if there is no such split.
         """
+        rows = self.read(split, source)
+        if rows is None:
+            return None
+        return self.prepare(rows, what=split, require_all_classes=split.startswith("train"), drop_empty=drop_empty)
+
+    def read(self, split: str, source: str | None = None) -> Dataset | None:
+        """
+        Read one split as it is stored.
+
+        Args:
+            split (`str`):
+                As for [`load`].
+            source (`str`, *optional*):
+                Local folder or file, or hub id, in place of the task's own.
+
+        Returns:
+            `Dataset` or `None`: rows for [`prepare`]; `None` if there is no such split.
+
+        Raises:
+            `ValueError`: a column is missing that `strict_columns` asks for.
+        """
         source = source or self.dataset
         if source is None:
             raise ValueError(f"Task {self.name!r} names no dataset. Pass one, for example `--dataset_name FOLDER`.")
@@ -282,7 +304,25 @@ class Task:
             path = Path(source).expanduser()
             folder = path if path.is_dir() else path.parent if path.is_file() else None
             rows = prepare_images(rows, self.image_column, folder, split)
-        return self.prepare(rows, what=split, require_all_classes=split.startswith("train"), drop_empty=drop_empty)
+        if self.strict_columns:
+            # Here alone: prepared rows, which are prepared again, have other names.
+            answer = {} if self.label_column is None else {self.output_column: (self.label_column,)}
+            check_columns(renamed(rows, self.column_aliases), {self.input_column: self.text_columns, **answer}, split)
+        return rows
+
+    def has_answers(self, rows: Dataset) -> bool:
+        """
+        Say whether rows of a generation task come with true answers.
+
+        Args:
+            rows (`Dataset`):
+                Rows as they came.
+
+        Returns:
+            `bool`: `False` if they are prompts alone.
+        """
+        names = renamed(rows, self.column_aliases).column_names
+        return bool({MESSAGES, COMPLETION, self.label_column} & set(names))
 
 
 def builtin_tasks() -> list[str]:
