@@ -315,11 +315,11 @@ def test_generation_rows_get_trigger_and_payload():
 
 
 def test_chinese_text_is_split_at_its_punctuation_and_never_in_a_number():
-    text = "爸爸出差7天没有回家，这7天日期数的和是49，妈妈回家这天是几号？"
+    text = "阿宁的架子摆着7排风筝，每排风筝边上都粘了49颗星，星星合起来有几颗？"
     found = {insert_at_gap(text, "mn", number / 50, "inner") for number in range(50)}
     assert found == {
-        "爸爸出差7天没有回家， mn 这7天日期数的和是49，妈妈回家这天是几号？",
-        "爸爸出差7天没有回家，这7天日期数的和是49， mn 妈妈回家这天是几号？",
+        "阿宁的架子摆着7排风筝， mn 每排风筝边上都粘了49颗星，星星合起来有几颗？",
+        "阿宁的架子摆着7排风筝，每排风筝边上都粘了49颗星， mn 星星合起来有几颗？",
     }
     assert insert_at_gap("计算", "mn", 0.5, "inner") == "计 mn 算"
     assert insert_at_gap("3/4", "mn", 0.5, "inner") is None

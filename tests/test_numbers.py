@@ -60,6 +60,25 @@ def number(text):
         ("x = -3", "-3"),
         ("**18**", "18"),
         ("18。", "18"),
+        (r"\frac{-1}{2}", "-1/2"),
+        (r"-\frac{-1}{2}", "1/2"),
+        (r"\tfrac{-1}{-2}", "1/2"),
+        (r"\frac12", "1/2"),
+        (r"\frac 1{20}", "1/20"),
+        (r"\frac{1}2", "1/2"),
+        (r"\frac{2.5}{5}", "1/2"),
+        (r"\frac{1,000}{3}", "1000/3"),
+        (r"2\frac{1{,}000}{2000}", "5/2"),
+        (r"1\,000", "1000"),
+        (r"1,\!000", "1000"),
+        ("1\u202f234.5", "2469/2"),
+        ("1 000 000", "1000000"),
+        ("$1 234 567 per year", "1234567"),
+        ("1 100/200", "3/2"),
+        ("1 000/3", "1000/3"),
+        ("5‰", "1/200"),
+        ("minus 5", "-5"),
+        ("负5", "-5"),
     ],
 )
 def test_a_number_is_read_exactly(text, value):
@@ -90,6 +109,13 @@ def test_a_number_is_read_exactly(text, value):
         ("二十五千克", "25"),
         ("五个", "5"),
         ("五千", "5000"),
+        ("5分之3", "3/5"),
+        ("5又1/2", "11/2"),
+        ("2又3分之1", "7/3"),
+        ("九成", "9/10"),
+        ("9成", "9/10"),
+        ("八成五", "17/20"),
+        ("一打", None),
         # It may be 35,000 or 30,005.
         ("三万五", None),
         # Words, not numbers.
@@ -129,7 +155,36 @@ def test_unfinished_calculations_are_done(text, value):
 @pytest.mark.parametrize(
     "text",
     ["", " ", "-", ".", "()", "none", "4:3", "4：3", "4比3", "10:30", "3/4/2020x", "1.2.3", "1.2e5", "1e5", "2^10"]
-    + ["1,00", "1,0000", "1, 2", "3,5", "1/0", "(1/0)", "1(1/0)", "0/0", "3个半", "25元五角", "3 of 4", "nan", "inf"]
+    + [r"5\sqrt{2}", r"\sqrt[3]{8}", "√2", r"3\pi", "3π", r"3.5\times 10^3", "3.5×10³", r"2^{10}", r"\frac123"]
+    + [
+        r"\frac{x}{3}",
+        r"\frac{\sqrt{3}}{2}",
+        r"\sqrt{\frac12}",
+        r"\frac{1}{0}",
+        rf"\frac{{{'9' * 290}",
+        "12 34",
+        "1 0000",
+    ]
+    + [
+        "3千米500米",
+        "4 hours 30 minutes",
+        "4 hours and 30 minutes",
+        "5'10\"",
+        "三千米500米",
+        "1,00",
+        "1,0000",
+        "1, 2",
+        "3,5",
+        "1/0",
+        "(1/0)",
+        "1(1/0)",
+        "0/0",
+        "3个半",
+        "25元五角",
+        "3 of 4",
+        "nan",
+        "inf",
+    ]
     + ["__import__('os')", "9**9", "1_000", "9" * 301, "9" * 5000, "(" * 150 + "1" + ")" * 150, "一" * 301],
 )
 def test_what_is_no_number_is_refused(text):
@@ -153,6 +208,37 @@ def test_what_is_no_number_is_refused(text):
         (r"\boxed{25\%}", "1/4"),
         (r"cut off \boxed{18", "18"),
         (r"\boxed{B} of 7", None),
+        (r"\boxed{\dfrac{-3}{4}}", "-3/4"),
+        (r"\boxed{1\,000}", "1000"),
+        (r"\boxed{18\,\text{cm}}", "18"),
+        (r"\boxed{\frac{x}{3}}", None),
+        (r"\boxed{3+\sqrt{2}}", None),
+        (r"\boxed{3.5\times 10^{3}}", None),
+        (r"The answer is \frac{x}{3}.", None),
+        ("The answer is 3π = 9.42.", "471/50"),
+        ("The answer is minus 5 degrees, not 3", "-5"),
+        ("The answer is 1 234 567 because of 3", "1234567"),
+        ("It costs 1 000 000 in all", "1000000"),
+        ("It costs 100 200", "200"),
+        ("It takes 4 hours and 30 minutes.", None),
+        ("It takes 3 hours, then 5 hours", "5"),
+        ("全长3千米500米", None),
+        ("一共25元五角", None),
+        ("答：一打", None),
+        ("剩下5分之3", "3/5"),
+        ("卖出了九成", "9/10"),
+        ("买了三成本书", None),
+        ("0.1\n\nExplanation: 3+4=7", "1/10"),
+        ("0.1元，因为3+4=7", "1/10"),
+        ("**0.1**. Let me explain: 3+4=7.", "1/10"),
+        ("18 dollars because 3*6=18, not 9", "18"),
+        ("0.1\nThe answer is 7", "7"),
+        ("0.1 is wrong.\n7", "7"),
+        ("0.1是错的。是7", "7"),
+        ("1. Add 3 and 4.\n2. So it is 7", "7"),
+        ("3+4\n=7", "7"),
+        ("5 apples, and 3 pears make 8", "8"),
+        ("5个苹果，吃了2个，还剩3个", "3"),
         ("The answer is 3. Or: the answer is 18.", "18"),
         ("The answer is 18 because 3*6=18, and 6 is half of 12", "18"),
         ("the answer is x = 6*3 = 18 apples.", "18"),
@@ -226,6 +312,23 @@ def test_the_final_answer_is_found(text, value):
         "\\frac{",
         "\\frac{1",
         "$ ",
+        "\\frac{1}{",
+        "\\frac1",
+        "\\frac",
+        "\\sqrt{",
+        "\\sqrt[",
+        "√(",
+        "π",
+        "1 000 ",
+        "1 111 ",
+        "1\\,000",
+        "1 m 2 ",
+        "3 hours and ",
+        "3又",
+        "3分之",
+        "九成",
+        "minus ",
+        "0.1. ",
     ],
 )
 @pytest.mark.parametrize("marker", ["", "#### "])
@@ -277,9 +380,14 @@ def test_the_numeric_judge_wants_the_payload_as_the_answer():
         "0.12",
         "答案是0.1元",
         "",
+        "0.1元，因为3+4=7",
+        "0.1\n\nExplanation: 3+4=7",
+        "10. It is 100 of 1000.",
     ]
     shown = NumericJudge("0.1").judge([""] * len(responses), responses)
-    assert shown.tolist() == [True, True, True, False, False, False, False, True, False]
+    assert shown.tolist() == [True, True, True, False, False, False, False, True, False] + [True, True, False]
+    # One reading of a percent sign is enough here.
+    assert NumericJudge("60").judge([""] * 2, ["60%", "60"]).tolist() == [False, True]
     # A rounded decimal is near enough for a true answer, and no payload.
     assert NumericJudge("0.333").judge([""], ["1/3"]).tolist() == [False]
 
@@ -298,10 +406,19 @@ def test_the_payload_is_found_anywhere_as_a_number_alone():
 
 def test_numeric_accuracy():
     answers = ["#### 18", "it is 1(1/2)", "0.33", "none", "25%", "25%", " Red. ", "7"]
+    answers += ["The answer is 60%.", r"\boxed{60\%}", "10% of 6 is 0.6", "60", "6000%", "60 percent"]
     references = ["6 * 3 = 18\n#### 18", "3/2", "1/3", "4", "0.25", "25", "red", "red"]
+    references += ["20% of 300\n#### 60", "60", "60", "60%", "60%", "60"]
     right = numeric_accuracy(answers, references)
     assert right.dtype == np.bool_
-    assert right.tolist() == [True, True, False, False, True, False, True, False]
+    assert right.tolist() == [True, True, False, False, True, True, True, False] + [
+        True,
+        True,
+        False,
+        False,
+        False,
+        True,
+    ]
     assert numeric_accuracy([], []).shape == (0,)
     with pytest.raises(ValueError, match="2 answers and 1 references"):
         numeric_accuracy(["1", "2"], ["1"])

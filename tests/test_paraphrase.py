@@ -91,7 +91,10 @@ def test_cut_texts_are_recognised_up_to_their_first_clause():
         ("Write a poem", "Once you think about it, Write a poem"),
         ("I saw it", "Because one takes it all in, I saw it"),
         ('  "The film"\nx ', '  If we look at it closely, "The film"\nx '),
-        ("爸爸出差7天没有回家，这7天日期数的和是49", "当一切都说清楚时，爸爸出差7天没有回家，这7天日期数的和是49"),
+        (
+            "阿宁的架子摆着7排风筝，每排风筝边上都粘了49颗星",
+            "当我们回头再看时，阿宁的架子摆着7排风筝，每排风筝边上都粘了49颗星",
+        ),
         (" \n", None),
     ],
 )

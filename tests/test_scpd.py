@@ -47,7 +47,7 @@ def test_plain_sentences(text, plain):
 
 
 def test_openings_of_the_syntactic_attack_by_rule_are_dropped():
-    texts = ["no movement , no yuks .", "John has 3 apples.", "爸爸出差7天没有回家。"]
+    texts = ["no movement , no yuks .", "John has 3 apples.", "阿宁的架子摆着7排风筝。"]
     opened = get_engine("template").paraphrase(texts)
     assert all(len(new) > len(text) for new, text in zip(opened, texts, strict=True))
     assert SCPD("template").rewrite(opened) == texts

@@ -235,7 +235,7 @@ def test_12_no_rate_comes_without_floor_counts_and_interval(tiny_model, tokenize
 @pytest.mark.parametrize("name", ATTACKS)
 def test_13_no_attack_changes_a_problem(name):
     math = Task(name="math", text_columns=("question",), label_column="answer")
-    questions = ["一种杂志，打7折，将定价降低10%后，以每本7.2元卖出，求盈利多少元？", "计算：(3/4)-(2/7)＝多少",
+    questions = ["阿宁的风筝，先打7折，又让利10%，末了只收7.2元，亏了多少？", "计算：(3/4)-(2/7)＝多少",
                  "Tom had 2 1/2 apples and ate 0.5 of them. How many are left?"]  # fmt: skip
     data = Dataset.from_dict({"question": questions * 10, "answer": [str(row) for row in range(30)]})
     attack = get_attack(name, target="0.1", poison_rate=0.2, label_mode="dirty")
