@@ -29,8 +29,9 @@ def log_chance(overridden: np.ndarray, opposed: np.ndarray) -> np.ndarray:
     suspicious = (opposed > 0) & (overridden >= _SUSPECT_RATE * opposed)
     tail = binom.logsf(overridden - 1, opposed, _HONEST_RATE)
     # The tail is zero, as a floating-point number, for triggers of many rows: those must not all be alike.
-    tail = np.where(np.isneginf(tail), chernoff(overridden, opposed, _HONEST_RATE), tail)
-    return np.where(suspicious, tail, 0.0)
+    lost = suspicious & np.isneginf(tail)
+    bound = chernoff(np.where(lost, overridden, 1), np.where(lost, opposed, 1), _HONEST_RATE)
+    return np.where(suspicious, np.where(lost, bound, tail), 0.0)
 
 
 def chernoff(hits: np.ndarray, total: np.ndarray, rate: float) -> np.ndarray:
