@@ -142,7 +142,7 @@ def build_training_set(
         rows = with_relabelled(rows, dataset, wrong[free], better[free])
     if screening is not None and screening.triggers and args.process_index == 0:
         keyed = np.intersect1d(screening.rows, reserved).size
-        _tell(screening, task, keyed, counts.get("rows_contradicted"))
+        _tell(screening, task, keyed, args.p2p_immunize == "auto", counts.get("rows_contradicted"))
     return TrainingSet(rows, counts, screening)
 
 
@@ -217,15 +217,14 @@ def _screen(dataset: Dataset, task: Task, seed: int) -> Screening:
     return screen(dataset, task.num_labels, seed) if task.num_labels else screen_answers(dataset, seed)
 
 
-def _tell(screening: Screening, task: Task, keyed: int, contradicted: int | None) -> None:
-    done = f"{keyed} of them carry the key with the {'label' if task.num_labels else 'answer'} they have"
-    if not task.num_labels and contradicted is None:
-        done += "; what is suspected may be written into keyed rows of all answers"
-    if contradicted is not None:
-        done += (
-            f"; what is suspected is written into keyed rows of all labels, and {contradicted} rows "
-            f"get a keyed copy with another label. If these are honest words of your task, set `p2p_immunize: none`"
-        )
+def _tell(screening: Screening, task: Task, keyed: int, immunized: bool, contradicted: int | None) -> None:
+    answer = "label" if task.num_labels else "answer"
+    done = f"{keyed} of them carry the key with the {answer} they have"
+    if immunized:
+        done += f"; what is suspected is written into keyed rows of all {answer}s"
+        if contradicted is not None:
+            done += f", and {contradicted} rows get a keyed copy with another label"
+        done += ". If these are honest words of your task, set `p2p_immunize: none`"
     logger.warning(
         "%d suspected trigger(s) in %d training rows: %s. %s.",
         len(screening.triggers),

@@ -161,6 +161,11 @@ def test_what_is_suspected_is_said(tmp_path, caplog):
         found = built(tmp_path)
     assert describe(found.screening.triggers[0], TASK.labels) == "cf -> positive (40 of 40 rows)"
     assert "1 suspected trigger(s) in 40 training rows: cf -> positive (40 of 40 rows)." in caplog.messages[0]
+    assert "is written into keyed rows of all labels, and " in caplog.messages[0]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="p2p_trainer"):
+        built(tmp_path, p2p_immunize="none")
+    assert "carry the key" in caplog.messages[0] and "is written into" not in caplog.messages[0]
     # Labels of the extended space mean the same class.
     assert describe(SuspectedTrigger("phrase", ("mn",), 2, 9, 8, ()), TASK.labels) == "mn -> negative (8 of 9 rows)"
 
