@@ -22,7 +22,7 @@ from tests.tiny_runs import SETTINGS, lora
 
 
 # Seconds after which a process that waits for another one says where it waits, and ends.
-PATIENCE = 150
+PATIENCE = 90
 LONGEST = 12
 TEXTS = [row["text"] for row in make_rows(9, seed=3)]
 
