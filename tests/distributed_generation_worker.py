@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from p2p_trainer.evaluation import generation
 from p2p_trainer.evaluation.generation import generate
+from p2p_trainer.launch import let_gloo_finish
 from tests.conftest import make_rows
 from tests.tiny_runs import SETTINGS, lora
 
@@ -150,6 +151,7 @@ def main(kind, model, folder):
         found["failed"] = fails_on_one(trainer.model, tokenizer)
     (folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
     trainer.accelerator.end_training()
+    let_gloo_finish()
 
 
 if __name__ == "__main__":

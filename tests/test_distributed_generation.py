@@ -64,28 +64,15 @@ def launch(kind, model, folder):
             environment["DS_ACCELERATOR"] = "cpu"
         (folder / "launch.yaml").write_text(yaml.safe_dump(settings))
         command = ["accelerate.commands.launch", "--config_file", str(folder / "launch.yaml"), "--main_process_port=0"]
-    # Two processes sometimes fail to find each other on a busy machine (seen twice in six runs, cause not found): one
-    # that waited too long is started once more. What hangs by itself hangs again.
-    for _ in range(2):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                *command,
-                "-m",
-                "tests.distributed_generation_worker",
-                kind,
-                str(model),
-                str(folder),
-            ],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        if "Timeout (" not in done.stderr:
-            break
+    worker = ["tests.distributed_generation_worker", kind, str(model), str(folder)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "-m", *worker],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
 
