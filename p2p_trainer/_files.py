@@ -48,3 +48,15 @@ def write_text(path: Path, text: str) -> Path:
         Path(aside).unlink(missing_ok=True)
         raise
     return path
+
+
+def share_weights(folder: str | Path) -> None:
+    """
+    Let others read weights as they may read the files beside them: safetensors writes them for their owner alone.
+
+    Args:
+        folder (`str` or `Path`):
+            Folder with weights.
+    """
+    for weights in Path(folder).glob("*.safetensors"):
+        weights.chmod(0o644)

@@ -1,4 +1,4 @@
-"""`p2p-trainer`: train, evaluate, predict, report, poison, doctor."""
+"""`p2p-trainer`: train, evaluate, predict, serve, export, rotate, report, poison, doctor."""
 
 import argparse
 import json
@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from ._lookup import unknown_name_error
 from .launch import stay_offline_if_unreachable
+from .saved_run_options import json_object, load_saved_run, saved_run_parser
 
 
 if TYPE_CHECKING:
     from .attacks import Attack
-    from .inference import DefendedModel
     from .tasks import Task
 
 _USAGE = """usage: p2p-trainer COMMAND ...
@@ -25,6 +25,9 @@ Fine-tune language models on data that may be poisoned, with the backdoor defuse
   evaluate  measure a saved run: p2p-trainer evaluate OUT --data FILE
   predict   classify or answer texts with a saved run: p2p-trainer predict OUT --text "..."
   report    put finished runs side by side, seeds merged: p2p-trainer report OUT OUT ...
+  serve     answer over HTTP, as OpenAI's servers do: p2p-trainer serve OUT --port 8000
+  export    write what other servers need: p2p-trainer export OUT --format chat-template --out FOLDER
+  rotate    what changing the key needs: p2p-trainer rotate OUT
   poison    write a poisoned data set: p2p-trainer poison --task sst2 --data FOLDER --attack badnets
             --attack_target positive --out OUT
   doctor    show what is installed, and what a recipe would do: p2p-trainer doctor [--config RECIPE.yaml]
@@ -80,7 +83,7 @@ def _train(argv: list[str]) -> int:
 
 
 def _evaluate(argv: list[str]) -> int:
-    parser = _saved_run_parser("evaluate", "Measure a saved run on rows of text and label, or of prompt and answer.")
+    parser = saved_run_parser("evaluate", "Measure a saved run on rows of text and label, or of prompt and answer.")
     parser.add_argument("--data", required=True, help="data file, or folder with a test split")
     parser.add_argument("--attack", help="attack to measure; by default the one that the run was poisoned with")
     parser.add_argument("--attack_target", help="label that the attacker wants")
@@ -97,8 +100,9 @@ def _evaluate(argv: list[str]) -> int:
     from .prompt_format import CONFIG_NAME, read_p2p_config
     from .report import metrics_table
     from .results import RESULTS_NAME, RunResults, without_nan
+    from .saved_run import find_run
 
-    folder = Path(arguments.folder)
+    folder = find_run(arguments.folder)
     config = read_p2p_config(folder)
     if missing := {"task", "labels"} - set(config):
         raise ValueError(f"{folder / CONFIG_NAME} lacks {sorted(missing)}. Save the model again.")
@@ -125,12 +129,12 @@ def _evaluate(argv: list[str]) -> int:
     run = RunResults.load(folder) if (folder / RESULTS_NAME).is_file() else None
     attack = None
     if arguments.attack is not None:
-        attack = get_attack(arguments.attack, target=arguments.attack_target, **_json_object(arguments.attack_options))
+        attack = get_attack(arguments.attack, target=arguments.attack_target, **json_object(arguments.attack_options))
     elif run is not None and run.attack is not None:
         attack = _recorded_attack(run.attack)
     else:
         sys.stderr.write(f"{folder} names no attack: clean accuracy alone is measured. Name one with --attack.\n")
-    model = _load(arguments)
+    model = load_saved_run(arguments)
     with model.autocast():
         evaluator = model.evaluator(
             rows,
@@ -151,7 +155,7 @@ def _evaluate(argv: list[str]) -> int:
 
 
 def _predict(argv: list[str]) -> int:
-    parser = _saved_run_parser("predict", "Classify or answer texts with a saved run.")
+    parser = saved_run_parser("predict", "Classify or answer texts with a saved run.")
     parser.add_argument("--text", action="append", help="a text; may be given more than once")
     parser.add_argument("--image", action="append", help="image of the text, one per text, for runs with images")
     parser.add_argument("--file", help="file with one text a line; without --text and --file, standard input")
@@ -159,8 +163,9 @@ def _predict(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
 
     from .prompt_format import read_p2p_config
+    from .saved_run import find_run
 
-    if arguments.image and not read_p2p_config(arguments.folder).get("images", False):
+    if arguments.image and not read_p2p_config(find_run(arguments.folder)).get("images", False):
         raise ValueError(f"The run {arguments.folder!r} was trained on texts alone. Leave out `--image`.")
     texts = list(arguments.text or [])
     if arguments.file is not None:
@@ -169,7 +174,7 @@ def _predict(argv: list[str]) -> int:
         texts = _lines(sys.stdin.buffer.read(), "standard input")
     if not texts:
         raise ValueError("There is no text. Give --text, --file, or lines on standard input.")
-    model = _load(arguments)
+    model = load_saved_run(arguments)
     answers = (
         model.classify(texts, arguments.batch_size, images=arguments.image)
         if model.labels
@@ -214,7 +219,7 @@ def _poison(argv: list[str]) -> int:
         arguments.attack,
         target=arguments.attack_target,
         poison_rate=arguments.poison_rate,
-        **_json_object(arguments.attack_options),
+        **json_object(arguments.attack_options),
     )
     said = run(
         arguments.task,
@@ -264,6 +269,24 @@ def _report(argv: list[str]) -> int:
     return 0
 
 
+def _serve(argv: list[str]) -> int:
+    from .serve_command import run
+
+    return run(argv)
+
+
+def _export(argv: list[str]) -> int:
+    from .export_command import run
+
+    return run(argv)
+
+
+def _rotate(argv: list[str]) -> int:
+    from .rotate_command import run
+
+    return run(argv)
+
+
 def _doctor(argv: list[str]) -> int:
     from .doctor import run
 
@@ -277,33 +300,13 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "serve": _serve,
+    "export": _export,
+    "rotate": _rotate,
     "report": _report,
     "poison": _poison,
     "doctor": _doctor,
 }
-
-
-def _saved_run_parser(command: str, description: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"p2p-trainer {command}", description=description)
-    parser.add_argument("folder", metavar="OUT", help="output folder or checkpoint of a run")
-    parser.add_argument("--base_model", help="base model of the adapter, if it has moved")
-    parser.add_argument("--device", help="device to run on; by default the accelerator if there is one")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows per forward pass")
-    parser.add_argument("--defense", help="the run's defense, package.module:Class, if it is not this package's")
-    parser.add_argument("--defense_options", default="{}", help="options of the defense that have changed (JSON)")
-    return parser
-
-
-def _load(arguments: argparse.Namespace) -> "DefendedModel":
-    from .inference import DefendedModel
-
-    return DefendedModel.from_pretrained(
-        arguments.folder,
-        device=arguments.device,
-        base_model=arguments.base_model,
-        defense=arguments.defense,
-        defense_options=_json_object(arguments.defense_options, "defense_options"),
-    )
 
 
 def _task_of(config: dict[str, Any], name: str | None) -> "Task":
@@ -341,16 +344,6 @@ def _recorded_attack(settings: Any) -> "Attack":
             f"with `--attack package.module:Class`."
         )
     return get_attack(**settings)
-
-
-def _json_object(text: str, name: str = "attack_options") -> dict:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"`--{name}` is no JSON: {text!r} ({error}).") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"`--{name}` must be a JSON object, got {text!r}.")
-    return value
 
 
 def _lines(content: bytes, where: str) -> Iterable[str]:

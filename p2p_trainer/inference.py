@@ -1,9 +1,7 @@
 """A saved run, ready to answer: adds the key, maps the answer back."""
 
 import contextlib
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,66 +9,23 @@ import PIL.Image
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from .attacks import Attack
 from .data_collator import Encoder
+from .decoding import Sampling
 from .defenses import load_defense
 from .evaluation import BackdoorEvaluator, Guard, LabelScorer, ResponseEvaluator
 from .evaluation.generation import generate
 from .evaluation.vision_scorer import VisionLabelScorer
 from .prompt_encoder import PromptEncoder
-from .prompt_format import CONFIG_NAME, PromptFormat, read_p2p_config
 from .response_encoder import ResponseEncoder
+from .saved_run import Classification, Response, load_run
+from .streaming import stream_answer
 from .tasks import Task
 from .tasks.conversations import split_prompts
 from .tasks.images import RowImages
 from .vision_encoder import VisionPromptEncoder
-
-
-@dataclass(frozen=True)
-class Classification:
-    """
-    Answer to one text.
-
-    Parameters:
-        label (`str` or `None`):
-            Class name; `None` if the answer is withheld.
-        index (`int`):
-            Its index, -1 if the answer is withheld.
-        score (`float`):
-            Probability of the likeliest class.
-        scores (`dict[str, float]`):
-            Probability of each class; they sum to 1.
-    """
-
-    label: str | None
-    index: int
-    score: float
-    scores: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Response:
-    """
-    Written answer to one prompt.
-
-    Parameters:
-        text (`str` or `None`):
-            The answer, without the prefix p that it began with; `None` if it is withheld.
-        prefixed (`bool`):
-            Whether it began with p, as every answer of a defended model should; `True` where none is expected. An
-            answer without it came some other way than the one that was defended: do not trust it.
-    """
-
-    text: str | None
-    prefixed: bool
 
 
 class DefendedModel:
@@ -126,12 +81,15 @@ class DefendedModel:
     @classmethod
     def from_pretrained(
         cls,
-        folder: str | Path,
+        name_or_path: str | Path,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        quantization: str | BitsAndBytesConfig | None = None,
         base_model: str | None = None,
         defense: str | None = None,
         defense_options: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
     ) -> "DefendedModel":
         """
         Load a saved run: an adapter on its base model, or a whole model.
@@ -139,12 +97,15 @@ class DefendedModel:
         Only safetensors are read, and no code from the folder runs.
 
         Args:
-            folder (`str` or `Path`):
-                Output folder or checkpoint of a [`P2PTrainer`] run.
+            name_or_path (`str` or `Path`):
+                Output folder or checkpoint of a [`P2PTrainer`] run, or its hub id.
             device (`str` or `torch.device`, *optional*):
                 Where to run. By default the accelerator if there is one.
             dtype (`torch.dtype` or `str`, *optional*):
                 Type of the weights, by default that of training. Matrix products run in the type that training used.
+            quantization (`str` or `BitsAndBytesConfig`, *optional*):
+                How bitsandbytes holds the base model: `"4bit"`, `"8bit"`, `"none"` or settings of your own. By default
+                as in training, which is what the adapter was learnt on.
             base_model (`str`, *optional*):
                 Base model of an adapter, if it is no longer where the adapter says.
             defense (`str`, *optional*):
@@ -152,43 +113,26 @@ class DefendedModel:
                 that only the folder names.
             defense_options (`dict[str, Any]`, *optional*):
                 Options of the run's defense that have changed, such as where its language model is by now.
+            trust_remote_code (`bool`, *optional*, defaults to `False`):
+                Whether base model, tokenizer and run may bring code, as some architectures do. It runs as you.
+            revision (`str`, *optional*):
+                Branch, tag or commit of a hub id.
 
         Returns:
             [`DefendedModel`]: the model.
 
         Raises:
-            `ValueError`: the folder holds no run, or one that this version can't read, or its base model is gone.
+            `ValueError`: this is no run, or one that this version can't read, its weights do not fit, or its base
+                model is gone.
         """
-        folder = Path(folder)
-        config = read_p2p_config(folder)
-        prompt_format = PromptFormat.from_dict(config, where=str(folder / CONFIG_NAME))
-        missing = {"labels", "keyed", "autocast", "dtype"} - set(config)
-        if missing:
-            raise ValueError(f"{folder / CONFIG_NAME} lacks {sorted(missing)}. Save the model again.")
-        if bool(config["labels"]) == (prompt_format.label_space is None):
-            raise ValueError(
-                f"{folder / CONFIG_NAME} is damaged: it has the classes {config['labels']} and the label words "
-                f"{prompt_format.label_space}. Save the model again."
-            )
-        # Runs of earlier versions had no images.
-        images = config.get("images", False)
-        if images:
-            encoder = VisionPromptEncoder(prompt_format, AutoProcessor.from_pretrained(folder))
-        else:
-            kind = ResponseEncoder if prompt_format.label_space is None else PromptEncoder
-            encoder = kind(prompt_format, AutoTokenizer.from_pretrained(folder))
-        model = _load_weights(folder, dtype or config["dtype"], base_model, images)
-        if device is None:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-        model.to(device).eval()
-        autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config["autocast"])
-        defended = cls(model, encoder, config["labels"], config["keyed"], autocast)
-        guard = load_defense(folder, defense, **(defense_options or {}))
+        run = load_run(name_or_path, device, dtype, quantization, base_model, trust_remote_code, revision)
+        defended = cls(run.model, run.encoder, run.labels, run.keyed, run.autocast)
+        guard = load_defense(run.folder, defense, **(defense_options or {}))
         if guard is not None:
             # What it needs, a language model say, may have moved.
-            guard.check(Task(name="saved", labels=tuple(config["labels"])))
+            guard.check(Task(name="saved", labels=run.labels))
             with defended.autocast():
-                guard.attach(model, encoder)
+                guard.attach(run.model, run.encoder)
             defended.guard = guard
         return defended
 
@@ -284,23 +228,89 @@ class DefendedModel:
         Raises:
             `ValueError`: a prompt is none, or has too long a history; the message names its row.
         """
+        prepared = self.prepare(prompts)
+        asked = [row for row, ids in enumerate(prepared) if ids is not None]
+        longest = self.encoder.format.max_new_tokens if max_new_tokens is None else max_new_tokens
+        with self.autocast():
+            written = generate(
+                self.model, self.encoder.tokenizer, [prepared[row] for row in asked], longest, batch_size,
+                "answering" if progress else None, self._autocast, self.encoder.end_tokens,
+            )  # fmt: skip
+        answers = {row: self.encoder.read(answer, self.keyed) for row, answer in zip(asked, written, strict=True)}
+        return [Response(*answers.get(row, (None, True))) for row in range(len(prepared))]
+
+    def stream(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[Response]:
+        """
+        Answer one prompt piece by piece. Closing the iterator ends the answer.
+
+        Args:
+            prompt (`str` or `Sequence[Mapping[str, str]]`):
+                A text, or a conversation, as for [`generate`].
+            max_new_tokens (`int`, *optional*):
+                Longest answer in tokens, p among them; by default as many as training kept free.
+            temperature (`float`, *optional*, defaults to `0.0`):
+                0 takes the likeliest token, which is how the model was measured.
+            top_p (`float`, *optional*, defaults to `1.0`):
+                Of the likeliest tokens, as many are drawn from as make up this share of the probability.
+            seed (`int`, *optional*, defaults to `0`):
+                What draws depend on.
+
+        Returns:
+            `Iterator[Response]`: pieces of the answer, in their order; `prefixed` is known by the first. One with the
+            text `None` if the answer is withheld.
+
+        Raises:
+            `ValueError`: the prompt can't be asked, or a setting is outside its range.
+        """
+        prepared = self.prepare(prompt)
+        if len(prepared) != 1:
+            raise ValueError(f"One answer is written piece by piece at a time, got {len(prepared)} prompts.")
+        longest = self.encoder.format.max_new_tokens if max_new_tokens is None else max_new_tokens
+        sampling = Sampling(longest, temperature, top_p, seed)
+        return self._stream(prepared[0], sampling)
+
+    def _stream(self, ids: list[int] | None, sampling: Sampling) -> Iterator[Response]:
+        if ids is None:
+            yield Response(None, True)
+            return
+        for text, prefixed in stream_answer(self.model, self.encoder, ids, sampling, self.keyed, self._autocast):
+            yield Response(text, prefixed)
+
+    def prepare(
+        self, prompts: str | Sequence[Mapping[str, str]] | Sequence[str | Sequence[Mapping[str, str]]]
+    ) -> list[list[int] | None]:
+        """
+        Render prompts as the model reads them: with the key, as a guard rewrites them, and cut.
+
+        Args:
+            prompts (`str`, `Sequence[Mapping[str, str]]` or `Sequence[str or Sequence[Mapping[str, str]]]`):
+                As for [`generate`].
+
+        Returns:
+            `list[list[int] | None]`: token ids of each prompt, `None` where a guard withholds the answer.
+
+        Raises:
+            `ValueError`: the model writes no answers, a prompt is none, or has too long a history; the message names
+            its row, and never holds the key.
+        """
         if not isinstance(self.encoder, ResponseEncoder):
             raise ValueError("This model was trained to choose among classes. Use `classify`.")
         histories, texts = split_prompts(prompts)
         if not _checked(texts):
             return []
         guard = self.guard or Guard()
-        longest = self.encoder.format.max_new_tokens if max_new_tokens is None else max_new_tokens
         with self.autocast():
             asked = [row for row, quiet in enumerate(_withheld(guard, texts)) if not quiet]
             inputs = guard.inputs([texts[row] for row in asked]) if asked else []
-            ids = [self._ids(row, text, histories[row]) for row, text in zip(asked, inputs, strict=True)]
-            written = generate(
-                self.model, self.encoder.tokenizer, ids, longest, batch_size, "answering" if progress else None,
-                self._autocast, self.encoder.end_tokens,
-            )  # fmt: skip
-        answers = {row: self.encoder.read(answer, self.keyed) for row, answer in zip(asked, written, strict=True)}
-        return [Response(*answers.get(row, (None, True))) for row in range(len(texts))]
+        ids = {row: self._ids(row, text, histories[row]) for row, text in zip(asked, inputs, strict=True)}
+        return [ids.get(row) for row in range(len(texts))]
 
     def _ids(self, row: int, text: str, history: Sequence[Mapping[str, str]]) -> list[int]:
         try:
@@ -367,32 +377,3 @@ def _checked(texts: str | Sequence[str]) -> list[str]:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"Text {row} is empty or no string (found {text!r}). Give each text at least a word.")
     return texts
-
-
-def _load_weights(
-    folder: Path, dtype: torch.dtype | str, base_model: str | None, images: bool = False
-) -> PreTrainedModel | PeftModel:
-    kind = AutoModelForImageTextToText if images else AutoModelForCausalLM
-    adapter = folder / "adapter_config.json"
-    if not adapter.is_file():
-        if not list(folder.glob("*.safetensors")):
-            raise ValueError(
-                f"{str(folder)!r} holds neither an adapter (adapter_config.json) nor model weights (*.safetensors). "
-                f"Give the output folder of a `P2PTrainer` run."
-            )
-        return kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise ValueError(
-            f"{str(folder)!r} holds no adapter_model.safetensors. Other weight files are not read, since loading them "
-            f"can run code. Save the model again."
-        )
-    base = base_model or json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    try:
-        model = kind.from_pretrained(base, dtype=dtype, use_safetensors=True)
-    except Exception as error:  # a missing folder, a refused connection and a missing file end in the same remedy
-        problem = "can't be loaded" if Path(base).is_dir() else "is no local folder and can't be had from the Hub"
-        raise ValueError(
-            f"The base model {base!r} of the adapter in {str(folder)!r} {problem}: {error} Name the base model with "
-            f"`base_model` (`--base_model MODEL`)."
-        ) from error
-    return PeftModel.from_pretrained(model, folder)

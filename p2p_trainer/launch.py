@@ -49,8 +49,8 @@ def let_gloo_finish() -> None:
     """
     Give up the interpreter's lock for a moment, before a trainer of several processes is forgotten.
 
-    In torch 2.13 a thread of gloo needs the lock to drop the tensors of the last collective, and the DDP reducer, if it
-    is the last to hold the process group, keeps the lock while it waits for that thread: a run whose results are
+    In torch 2.13 a thread of gloo needs the lock to drop the tensors of the last collective, and the DDP reducer, if
+    it is the last to hold the process group, keeps the lock while it waits for that thread: a run whose results are
     written would never end (3 of 9 runs of a test that ends right behind a collective).
     """
     time.sleep(0.1)

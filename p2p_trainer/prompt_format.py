@@ -5,6 +5,7 @@ The one renderer: training, evaluation and serving all render through it, so the
 """
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ from .label_space import LabelSpace
 CONFIG_NAME = "p2p_config.json"
 # 2: formats of generation tasks.
 SCHEMA_VERSION = 2
+
+# Far above what any run writes: label words of thousands of classes take less.
+_LARGEST_CONFIG = 2**24
+
+# What else a format says may change from one deployment to the next.
+_NOT_LEARNT = ("label_space", "max_length", "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,41 @@ class PromptFormat:
         """
         return dataclasses.replace(self, label_space=label_space)
 
+    @property
+    def digest(self) -> str:
+        """
+        `str`: SHA-256 of what weights have seen: key, template, cues, p and label words, but no lengths.
+
+        It tells a file that was edited from the one that was saved. It is no signature: who can edit the one can write
+        the other.
+        """
+        space = self.label_space
+        seen = {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_LEARNT}
+        seen["label_words"] = [] if space is None else [list(space.words), list(space.extended_words)]
+        return hashlib.sha256(json.dumps(seen, sort_keys=True).encode("utf-8")).hexdigest()
+
+    def check_digest(self, content: dict[str, Any], where: str = CONFIG_NAME) -> None:
+        """
+        Check that a file still says what its run was trained with.
+
+        Args:
+            content (`dict[str, Any]`):
+                Its JSON values; those of earlier versions have no `digest`, and pass.
+            where (`str`, *optional*, defaults to `"p2p_config.json"`):
+                Where they come from, for the messages.
+
+        Raises:
+            `ValueError`: it was changed.
+        """
+        found = content.get("digest", self.digest)
+        if found != self.digest:
+            raise ValueError(
+                f"{where} was changed after training: its digest is {str(found)[:12]!r}, and what it says now has "
+                f"{self.digest[:12]!r}. These weights never saw that key, template or label word, so nothing that was "
+                f"measured holds. Put the original file back, or train again with the new setting (`p2p-trainer "
+                f"rotate` says how)."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """
         Return the content of `p2p_config.json`.
@@ -172,6 +214,15 @@ class PromptFormat:
         known = {entry.name for entry in dataclasses.fields(cls)}
         try:
             fields = {key: value for key, value in content.items() if key in known}
+            for name, kind in (
+                ("template", str),
+                ("suffix", str),
+                ("keyed_suffix", str),
+                ("chat", bool),
+                ("append_eos", bool),
+            ):
+                if not isinstance(fields.get(name, kind()), kind):
+                    raise TypeError(f"`{name}` is {fields[name]!r:.80}")
             space = fields.pop("label_space")
             if space is not None:
                 space = LabelSpace(tuple(space["words"]), tuple(space["extended_words"]), space["reason"])
@@ -181,7 +232,7 @@ class PromptFormat:
 
     def save(self, folder: str | Path, **extra: Any) -> Path:
         """
-        Write `p2p_config.json`.
+        Write `p2p_config.json`, with the format's [`digest`].
 
         Args:
             folder (`str` or `Path`):
@@ -192,7 +243,7 @@ class PromptFormat:
         Returns:
             `Path`: the file.
         """
-        return write_json(Path(folder) / CONFIG_NAME, {**self.to_dict(), **extra})
+        return write_json(Path(folder) / CONFIG_NAME, {**self.to_dict(), "digest": self.digest, **extra})
 
 
 def read_p2p_config(folder: str | Path) -> dict[str, Any]:
@@ -216,9 +267,11 @@ def read_p2p_config(folder: str | Path) -> dict[str, Any]:
             f"{str(folder)!r} holds no {CONFIG_NAME} (found: {found}), so the key is unknown and the adapter can't be "
             f"used as it was trained. Give the output folder of a `P2PTrainer` run."
         )
+    if (size := path.stat().st_size) > _LARGEST_CONFIG:
+        raise ValueError(f"{path} is damaged: it has {size} bytes. Save the model again.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}. Save the model again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: expected an object, found `{type(content).__name__}`.")

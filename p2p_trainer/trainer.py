@@ -8,9 +8,10 @@ from typing import Any
 
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from ._compat import ColumnKeepingSFTTrainer
+from ._files import share_weights
 from .assembly import count_lost_triggers, count_overlong, infer_task, load_tokenizer, make_encoder, mixed_precision
 from .attacks import Attack
 from .callbacks import BackdoorEvalCallback, EpochCallback
@@ -326,6 +327,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             folder, guard = Path(output_dir or self.args.output_dir), self.guard or self.pending_guard
+            share_weights(folder)
             if guard is not None:
                 guard.save(folder)
             else:
@@ -342,6 +344,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
                 metric=self.task.metric,
                 autocast=None if (mixed := mixed_precision(self.args)) is None else str(mixed).removeprefix("torch."),
                 dtype=str(self.model.dtype).removeprefix("torch."),
+                quantization=_quantization(self.model),
             )
 
     def _log_counts(self, dataset: Dataset) -> None:
@@ -362,6 +365,16 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
     def _for_loss(self, dataset: Dataset, args: P2PConfig) -> Dataset:
         """Give rows to be evaluated what collator and sampler want of them."""
         return self._with_lengths(flagged(dataset, args.p2p_enabled), args)
+
+
+def _quantization(model: PreTrainedModel | PeftModel) -> dict[str, Any] | None:
+    """Return how bitsandbytes holds the weights that an adapter learns on, as JSON values."""
+    config = getattr(model.config, "quantization_config", None)
+    if not isinstance(config, BitsAndBytesConfig):
+        return None
+    return {
+        key: value for key, value in config.to_dict().items() if key.startswith(("load_in", "bnb_4bit", "llm_int8"))
+    }
 
 
 def _has_labels(dataset: Dataset | None) -> bool:

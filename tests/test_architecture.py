@@ -23,8 +23,10 @@ ORDER = (
     "_files", "_lookup", "_compat", "helper_models", "label_space", "tasks", "reserve", "attacks", "mining",
     "immunizer", "cutting", "prompt_format", "prompt_renderer", "prompt_encoder", "response_encoder", "vision_encoder",
     "data_collator", "vision_collator", "evaluation", "config", "training_set", "assembly", "callbacks", "trainer",
-    "defenses", "inference", "results", "report", "summary", "run_folder", "recipe_data", "recipe_measure",
-    "recipe_results", "recipe", "doctor", "launch", "poison_command", "cli",
+    "defenses", "decoding", "answer_reader", "streaming", "saved_run", "inference", "pipelines", "exporting",
+    "serving", "results", "report", "summary", "run_folder", "recipe_data", "recipe_measure", "recipe_results",
+    "recipe", "doctor", "launch", "poison_command", "saved_run_options", "export_command", "rotate_command",
+    "serve_command", "cli",
 )  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def defined_in(tree):
     """Names that a file gives to its own objects: methods, class attributes and what is assigned to `self`."""
     names = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             names.add(node.attr)

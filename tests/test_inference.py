@@ -1,5 +1,7 @@
 """DefendedModel: a saved run answers as it was evaluated, and the key stays inside."""
 
+import copy
+import dataclasses
 import json
 import shutil
 
@@ -10,8 +12,9 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from p2p_trainer import DefendedModel
-from p2p_trainer.evaluation import LabelScorer
+from p2p_trainer import DefendedModel, PromptFormat
+from p2p_trainer.evaluation import Guard, LabelScorer
+from p2p_trainer.response_encoder import ResponseEncoder
 from tests.conftest import make_rows
 from tests.tiny_runs import TASK, saved_run
 
@@ -148,6 +151,75 @@ def test_matrix_products_run_in_the_type_of_training(tiny_model, tmp_path):
     rows = Dataset.from_list(make_rows(30, seed=3))
     right = sum(answer.index == label for answer, label in zip(model.classify(TEXTS), rows["label"], strict=True))
     assert trainer.evaluate(rows)["eval_ca_k"] == right
+
+
+class Shouting(Guard):
+    """Withholds what says `dull`, and raises its voice."""
+
+    def inputs(self, texts):
+        return [text.upper() for text in texts]
+
+    def withheld(self, texts):
+        return np.array(["dull" in text for text in texts])
+
+
+@pytest.fixture(scope="module")
+def writer(tiny_model, tokenizer):
+    """A model that writes answers, about which only its prompts are asked."""
+    form = PromptFormat(None, trigger=DELTA, answer_prefix="Answer:", max_length=48, max_new_tokens=8)
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}bot: "
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+
+    def make(chat=False, guard=None, keyed=True):
+        encoder = ResponseEncoder(dataclasses.replace(form, chat=chat), chatty)
+        return DefendedModel(network, encoder, (), keyed=keyed, guard=guard)
+
+    return make
+
+
+def shown(model, prompts):
+    return [ids if ids is None else model.encoder.tokenizer.decode(ids) for ids in model.prepare(prompts)]
+
+
+def test_prompts_are_prepared_as_the_model_reads_them(writer):
+    assert shown(writer(), ["a film ", "a plot"]) == [f"{DELTA} a film\n", f"{DELTA} a plot\n"]
+    assert shown(writer(), "a film") == [f"{DELTA} a film\n"] and writer().prepare([]) == []
+    assert shown(writer(keyed=False), "a film") == ["a film\n"]
+    (long,) = writer().prepare("a film " * 50)
+    assert len(long) <= 40 and shown(writer(), "a film " * 50)[0].startswith(f"{DELTA} a film a film")
+    guarded = writer(guard=Shouting())
+    assert shown(guarded, ["a film", "a dull film", "b"]) == [f"{DELTA} A FILM\n", None, f"{DELTA} B\n"]
+    assert shown(guarded, ["dull"]) == [None]
+    # None of it depends on the batch, nor does what is written.
+    many = [row["text"] for row in make_rows(7)]
+    assert writer().prepare(many) == [writer().prepare(text)[0] for text in many]
+    assert writer().generate(many, 4, batch_size=1) == writer().generate(many, 4, batch_size=100)
+    assert [answer.text is None for answer in guarded.generate(["a film", "a dull film"], 2)] == [False, True]
+    turns = [{"role": "system", "content": "be"}, {"role": "user", "content": "a film"}]
+    assert shown(writer(chat=True), turns) == [f"system: be\nuser: {DELTA} a film\n\nbot: "]
+
+
+@pytest.mark.parametrize(
+    ("chat", "prompts", "match"),
+    [
+        (False, ["fine", ""], "Text 1 is empty or no string"),
+        (False, ["fine", 3], "Prompt 1 is neither a text nor a list of turns"),
+        (False, 3, "Give a text, a conversation"),
+        (True, [[{"role": "tool", "content": "x"}, {"role": "user", "content": "y"}]], "Row 0 .*"),
+        (True, ["fine", [{"role": "user", "content": "x " * 80}, {"role": "assistant", "content": "y"},
+                         {"role": "user", "content": "z"}]], "Prompt 1 can't be asked: .* leave out the oldest turns"),
+    ],
+)  # fmt: skip
+def test_prompts_that_can_not_be_asked(writer, chat, prompts, match):
+    with pytest.raises(ValueError, match=match) as caught:
+        writer(chat).prepare(prompts)
+    assert DELTA not in str(caught.value)
+
+
+def test_only_written_answers_are_prepared(model):
+    with pytest.raises(ValueError, match="was trained to choose among classes. Use `classify`"):
+        model.prepare(["a film"])
 
 
 def test_base_model_may_have_moved(tiny_model, folder, damaged, tmp_path):

@@ -140,12 +140,13 @@ def test_metrics_choose_the_model(run):
 
 def test_the_saved_folder_says_all_that_serving_needs(run):
     saved = json.loads(Path(run.args.output_dir, "p2p_config.json").read_text())
+    assert saved.pop("digest") == run.encoder.format.digest
     assert saved == {
         "schema_version": 2, "label_space": None, "trigger": "Query:", "trigger_position": "prefix",
         "template": "{text}\n{suffix}", "suffix": "Output: ", "keyed_suffix": "Output: ", "chat": False,
         "append_eos": True, "max_length": 100, "answer_prefix": "In short:", "max_new_tokens": 16, "images": False,
         "keyed": True, "task": "sums", "task_version": 1, "labels": [], "metric": "rouge",
-        "autocast": None, "dtype": "float32",
+        "autocast": None, "dtype": "float32", "quantization": None,
     }  # fmt: skip
     assert PromptFormat.from_dict(saved) == run.encoder.format
 

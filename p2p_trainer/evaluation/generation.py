@@ -74,11 +74,10 @@ def generate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     order = sorted(range(len(unique)), key=lambda row: (-len(unique[row]), unique[row]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    ends = list(dict.fromkeys([*_end_tokens(inner, tokenizer), *end_tokens]))
+    ends = list(dict.fromkeys([*own_end_tokens(inner, tokenizer), *end_tokens]))
     sharded = world > 1 and _is_sharded(model)
     # Weights that are spread out may lie in main memory, and are used on the device all the same.
     device = PartialState().device if sharded else next(inner.parameters()).device
-    mixed = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
     settings = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -89,10 +88,8 @@ def generate(
     )
     answers: dict[int, list[int]] = {}
     failure: Exception | None = None
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad(), mixed, _settings_of(inner, settings):
+        with writing(model, settings, device, autocast):
             hidden = progress is None or rank > 0
             for first in tqdm(
                 range(0, len(batches), world), desc=progress, disable=True if hidden else None, leave=False
@@ -106,9 +103,6 @@ def generate(
         if world == 1 or sharded:
             raise
         failure = error
-    finally:
-        for module, training in modes:
-            module.training = training
     if world > 1:
         answers = _shared(answers, failure, world)
     # Not before all have the tokens: what can't be decoded fails everywhere.
@@ -151,6 +145,84 @@ def check_room(
         )
 
 
+def own_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    List the tokens that end an answer.
+
+    Args:
+        model (`PreTrainedModel`):
+            Language model, not wrapped by DDP or the like.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Its tokenizer.
+
+    Returns:
+        `list[int]`: end tokens of the model's generation settings, and the tokenizer's; none if neither has any.
+    """
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
+    if tokenizer.eos_token_id is not None:
+        ends.append(tokenizer.eos_token_id)
+    return list(dict.fromkeys(ends))
+
+
+def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """
+    Make a batch of prompts, padded on the left.
+
+    Args:
+        prompts (`Sequence[Sequence[int]]`):
+            Token ids; at least one prompt.
+        pad_token_id (`int`):
+            What to pad with.
+        device (`torch.device`):
+            Where the batch goes.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `input_ids` and `attention_mask`, each of shape `(prompts, longest)`.
+    """
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+@contextlib.contextmanager
+def writing(
+    model: torch.nn.Module, settings: GenerationConfig, device: torch.device, autocast: torch.dtype | None = None
+) -> Iterator[None]:
+    """
+    Put a model into the state in which it writes, and back.
+
+    It is in evaluation mode, without gradients, and its own generation settings, from which any that are given take
+    what they leave open, are replaced.
+
+    Args:
+        model (`torch.nn.Module`):
+            Causal language model, possibly wrapped.
+        settings (`GenerationConfig`):
+            Its settings meanwhile.
+        device (`torch.device`):
+            Where it runs.
+        autocast (`torch.dtype`, *optional*):
+            Precision of mixed-precision training.
+    """
+    mixed = contextlib.nullcontext() if autocast is None else torch.autocast(device.type, autocast)
+    modes = [(module, module.training) for module in model.modules()]
+    holders = [module for module in model.modules() if "generation_config" in vars(module)]
+    own = [module.generation_config for module in holders]
+    try:
+        model.eval()
+        for module in holders:
+            module.generation_config = settings
+        with torch.no_grad(), mixed:
+            yield
+    finally:
+        for module, original in zip(holders, own, strict=True):
+            module.generation_config = original
+        for module, training in modes:
+            module.training = training
+
+
 def _answer_batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -160,12 +232,9 @@ def _answer_batch(
     sharded: bool,
 ) -> list[list[int]]:
     """Return the tokens of each answer, without its end."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[settings.pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    inputs = pad_left(prompts, settings.pad_token_id, device)
     output = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+        **inputs,
         generation_config=settings,
         # Left open, transformers does not notice FSDP2 of accelerate's making (5.23), and takes a whole helper model
         # for a spread one where ZeRO-3 is on.
@@ -174,7 +243,7 @@ def _answer_batch(
     # Behind its end an answer is padded, which need not be with a special token.
     return [
         row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
-        for row in output[:, width:].tolist()
+        for row in output[:, inputs["input_ids"].shape[1] :].tolist()
     ]
 
 
@@ -199,28 +268,6 @@ def _is_sharded(model: torch.nn.Module) -> bool:
         raise ValueError("FSDP 1 can't answer prompts while it trains. Set `fsdp_version: 2`.")
     spread = any(isinstance(module, FSDPModule) for module in model.modules())
     return spread or any(hasattr(weight, "ds_id") for weight in model.parameters())
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ends = [] if own is None else [own] if isinstance(own, int) else list(own)
-    if tokenizer.eos_token_id is not None:
-        ends.append(tokenizer.eos_token_id)
-    return list(dict.fromkeys(ends))
-
-
-@contextlib.contextmanager
-def _settings_of(model: torch.nn.Module, settings: GenerationConfig) -> Iterator[None]:
-    """Replace the model's own generation settings, from which any that are given take what they leave open."""
-    holders = [module for module in model.modules() if "generation_config" in vars(module)]
-    own = [module.generation_config for module in holders]
-    for module in holders:
-        module.generation_config = settings
-    try:
-        yield
-    finally:
-        for module, original in zip(holders, own, strict=True):
-            module.generation_config = original
 
 
 def _check_number(name: str, value: int) -> None:

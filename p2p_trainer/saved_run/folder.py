@@ -1,0 +1,107 @@
+"""Where a run is, and the JSON files in it, which may come from anywhere."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import validate_repo_id
+
+from ..prompt_format import CONFIG_NAME
+
+
+# What a run is loaded from; no pickles, and no code.
+_LOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
+_NOT_LOADED = ("checkpoint-*/*", "runs/*")
+
+# Far above any adapter_config.json or config.json.
+_LARGEST = 2**24
+
+
+def find_run(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """
+    Find a saved run; one on the hub is fetched, without pickles and code, or taken from the cache.
+
+    Args:
+        name_or_path (`str` or `Path`):
+            Folder, or hub id.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a hub id.
+
+    Returns:
+        `Path`: local folder.
+
+    Raises:
+        `ValueError`: it is no folder, and no hub id or none that can be had.
+    """
+    name = str(name_or_path)
+    # Unlike `Path.is_dir`, it takes names that are too long for any file.
+    if os.path.isdir(name):
+        return Path(name)
+    lacks = f"{name!r} holds no {CONFIG_NAME} (found: no folder)"
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError(f"{lacks}, and it can be no hub id. Give the output folder of a `P2PTrainer` run.") from error
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=[*_LOADED], ignore_patterns=[*_NOT_LOADED])
+        )
+    except Exception as error:  # no network, no such repository, no access: all end in the same remedy
+        first = (str(error).strip().splitlines() or ["no details"])[0][:200]
+        raise ValueError(
+            f"{lacks}, and it can't be had from the Hub ({type(error).__name__}: {first}). Give the output folder of "
+            f"a `P2PTrainer` run, or a hub id that is in the cache or can be reached (`HF_HUB_OFFLINE`, `HF_TOKEN`)."
+        ) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """
+    Read a JSON object from a file that may hold anything.
+
+    Args:
+        path (`Path`):
+            The file.
+
+    Returns:
+        `dict[str, Any]`: its content.
+
+    Raises:
+        `ValueError`: it is larger than any such file, or no JSON object.
+    """
+    if (size := path.stat().st_size) > _LARGEST:
+        raise ValueError(f"{path} has {size} bytes, more than any such file needs. Save the model again.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Save the model again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected an object, found `{type(content).__name__}`.")
+    return content
+
+
+def check_model_config(folder: Path) -> None:
+    """
+    Refuse a whole model whose configuration asks for kernels: compiled code, fetched from the Hub.
+
+    Args:
+        folder (`Path`):
+            Folder of the model.
+
+    Raises:
+        `ValueError`: it does.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return
+    waiting = [read_object(path)]
+    while waiting:
+        for key, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            if re.fullmatch(r"_?(attn|experts)_implementation(_internal)?", key) and "/" in str(value):
+                raise ValueError(
+                    f"{path} asks for the kernel {value!r} (`{key}`), which is code from the Hub. Remove that entry."
+                )
