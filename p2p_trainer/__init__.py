@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .evaluation import BackdoorEvaluator
     from .inference import DefendedModel
     from .label_space import LabelSpace
+    from .pipelines import P2PTextClassificationPipeline, P2PTextGenerationPipeline
     from .prompt_encoder import PromptEncoder
     from .prompt_format import PromptFormat
     from .reserve import ReserveStrategy
@@ -29,6 +30,8 @@ _HOMES = {
     "P2PConfig": "config",
     "P2PDataCollator": "data_collator",
     "P2PScriptArguments": "config",
+    "P2PTextClassificationPipeline": "pipelines",
+    "P2PTextGenerationPipeline": "pipelines",
     "P2PTrainer": "trainer",
     "PromptEncoder": "prompt_encoder",
     "PromptFormat": "prompt_format",
@@ -49,6 +52,8 @@ __all__ = [
     "P2PConfig",
     "P2PDataCollator",
     "P2PScriptArguments",
+    "P2PTextClassificationPipeline",
+    "P2PTextGenerationPipeline",
     "P2PTrainer",
     "PromptEncoder",
     "PromptFormat",

@@ -29,6 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from p2p_trainer import BackdoorEvaluator, P2PConfig, P2PTrainer, get_task
 from p2p_trainer.assembly import make_encoder
 from p2p_trainer.evaluation import LabelScorer
+from tests.performance.serving_bench import serving
 
 
 BATCH = 32
@@ -325,6 +326,7 @@ def main() -> None:
         evaluation(model, test, rounds, table)
         memory(folder, table)
         preparation(folder, table)
+        serving(folder / "served", rounds, table)
     Console(width=140).print(table)
 
 
