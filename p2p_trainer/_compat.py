@@ -6,12 +6,16 @@ Each entry says where the name comes from and when it can go.
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import trl.trainer.utils
 from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import (  # not exported from `trl` (trl 1.16)
     DataCollatorForLanguageModeling,
@@ -54,6 +58,82 @@ class ColumnKeepingSFTTrainer(SFTTrainer):
             super()._set_signature_columns_if_needed()
             self._signature_columns = [*self._signature_columns, *self.collator_columns]
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        # Rows of like length, in an order that all processes agree on (transformers/trainer.py, 5.23, line 1071).
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        args = self.args
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthOrder(step, sampler.lengths, args.seed if args.data_seed is None else args.data_seed)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        # The public event `on_save` comes when older ones are deleted (transformers/trainer.py, 5.23, line 3355).
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with self.writing_checkpoint(folder):
+            super()._save_checkpoint(model, trial)
+
+    def writing_checkpoint(self, folder: Path) -> contextlib.AbstractContextManager[None]:
+        """
+        Wrap the writing of a checkpoint, the deletion of older ones included; a seam for subclasses.
+
+        Args:
+            folder (`Path`):
+                The checkpoint.
+
+        Returns:
+            `AbstractContextManager`: entered and left by all processes.
+        """
+        return contextlib.nullcontext()
+
+    def set_tokens_trained(self, count: int) -> None:
+        """
+        Go on counting tokens from here; TRL (trl/trainer/sft_trainer.py, 1.16, line 1215) starts a resumed run at 0.
+
+        Args:
+            count (`int`):
+                Tokens so far.
+        """
+        self._total_train_tokens = count
+
+
+class LengthOrder(LengthGroupedSampler):
+    """
+    `LengthGroupedSampler` whose order is a pure function of lengths, seed and epoch.
+
+    That of transformers (5.23) shuffles with each process's global random numbers. Dropout on the CPU takes as many of
+    them as a process's batches are long: from the second epoch on, two processes shared out two different orders, and
+    a quarter of the rows was never trained on. It also groups by the batch of one process, not by that of a step, so
+    that the order changed with their number.
+
+    Args:
+        batch_size (`int`):
+            Rows per step, of all processes.
+        lengths (`list[int]`):
+            Length of each row.
+        seed (`int`):
+            Seed.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """
+        Say which epoch it is; the trainer's data loader does.
+
+        Args:
+            epoch (`int`):
+                Number of the epoch, from 0.
+        """
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
 
 @contextlib.contextmanager
 def _only_answers_are_scored() -> Iterator[None]:
@@ -73,6 +153,23 @@ def _only_answers_are_scored() -> Iterator[None]:
         yield
     finally:
         trl.trainer.utils._use_triton = original
+
+
+def keep_weights_unpacked(model: torch.nn.Module) -> None:
+    """
+    Keep 4-bit weights in the form that can be trained through.
+
+    On CPUs with AVX512-BF16, bitsandbytes (0.50) repacks them in place at the first forward pass in evaluation mode,
+    rounds their scales, and from then on multiplies with a kernel that has no gradient: after the first evaluation,
+    training went on with wrong gradients, without a word. Other models are left as they are.
+
+    Args:
+        model (`torch.nn.Module`):
+            A model, possibly quantised.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def attention_implementation(model: torch.nn.Module) -> str | None:
@@ -114,6 +211,8 @@ __all__ = [
     "ColumnKeepingSFTTrainer",
     "DataCollatorForLanguageModeling",
     "DataCollatorForVisionLanguageModeling",
+    "LengthOrder",
     "attention_implementation",
+    "keep_weights_unpacked",
     "row_index",
 ]

@@ -195,6 +195,10 @@ class P2PConfig(SFTConfig):
         # SFTConfig refuses bf16, its default, on a machine without an accelerator unless `use_cpu` is set.
         if not torch.accelerator.is_available():
             self.use_cpu = True
+        if self.ddp_find_unused_parameters is None:
+            # Every trained weight takes part in every step. transformers would look for others at each step of an
+            # adapter, and warn that it found none.
+            self.ddp_find_unused_parameters = False
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         if self.greater_is_better is None and metric.startswith(_LOWER_IS_BETTER):
             # transformers knows that of losses alone, and would keep the worst checkpoint.

@@ -10,17 +10,19 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from ._compat import ColumnKeepingSFTTrainer
+from ._compat import keep_weights_unpacked
 from ._files import share_weights
 from .assembly import count_lost_triggers, count_overlong, infer_task, load_tokenizer, make_encoder, mixed_precision
 from .attacks import Attack
 from .callbacks import BackdoorEvalCallback, EpochCallback
+from .checkpoints import ResumableTrainer
 from .config import P2PConfig
 from .data_collator import Encoder, P2PDataCollator
 from .evaluation import GUARD_NAME, BackdoorEvaluator, Guard, ResponseEvaluator
 from .evaluation.rows import dressed, sampled
 from .immunizer import Immunizer
 from .mining import Screening
+from .prompt_format import CONFIG_NAME
 from .reserve import KEYED, ROW, flagged
 from .tasks import Task, get_task
 from .tasks.rows import LABEL, TEXT, text_lengths, with_column
@@ -32,7 +34,7 @@ from .vision_encoder import VisionPromptEncoder
 logger = logging.getLogger(__name__)
 
 
-class P2PTrainer(ColumnKeepingSFTTrainer):
+class P2PTrainer(ResumableTrainer):
     """
     Fine-tunes on data that may be poisoned, with the backdoor defused (Poison-to-Poison).
 
@@ -132,6 +134,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
                 model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, callbacks=callbacks,
                 processing_class=processing_class, peft_config=peft_config, **kwargs,
             )  # fmt: skip
+            keep_weights_unpacked(self.model)
             return
         if kwargs.get("data_collator") is not None:
             raise ValueError(
@@ -197,6 +200,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             callbacks=[self._eval_callback, EpochCallback(collator), *(callbacks or [])],
             **{key: value for key, value in kwargs.items() if key != "data_collator"},
         )
+        keep_weights_unpacked(self.model)
         # TRL does this only with its own collator.
         self.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         if self.model.generation_config is not None:
@@ -324,9 +328,13 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
             output_dir (`str`, *optional*):
                 Where. By default `args.output_dir`.
         """
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            # Written last: where it is, the weights are whole.
+            (folder / CONFIG_NAME).unlink(missing_ok=True)
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder, guard = Path(output_dir or self.args.output_dir), self.guard or self.pending_guard
+            guard = self.guard or self.pending_guard
             share_weights(folder)
             if guard is not None:
                 guard.save(folder)
@@ -335,7 +343,7 @@ class P2PTrainer(ColumnKeepingSFTTrainer):
                 (folder / GUARD_NAME).unlink(missing_ok=True)
         if self.encoder is not None and self.args.should_save:
             self.encoder.format.save(
-                output_dir or self.args.output_dir,
+                folder,
                 keyed=self.args.p2p_enabled,
                 task=self.task.name,
                 task_version=self.task.version,
