@@ -30,7 +30,8 @@ Fine-tune language models on data that may be poisoned, with the backdoor defuse
   rotate    what changing the key needs: p2p-trainer rotate OUT
   poison    write a poisoned data set: p2p-trainer poison --task sst2 --data FOLDER --attack badnets
             --attack_target positive --out OUT
-  doctor    show what is installed, and what a recipe would do: p2p-trainer doctor [--config RECIPE.yaml]
+  doctor    show what is installed, what a recipe would do, and what it takes:
+            p2p-trainer doctor [--accelerate_config FILE] [--config RECIPE.yaml]
 
 `p2p-trainer COMMAND --help` says more.
 """
@@ -291,7 +292,7 @@ def _doctor(argv: list[str]) -> int:
     from .doctor import run
 
     if argv and argv[0] in ("-h", "--help"):
-        sys.stdout.write("usage: p2p-trainer doctor [--config RECIPE.yaml] [--any_setting VALUE]\n")
+        sys.stdout.write("usage: p2p-trainer doctor [--accelerate_config FILE] [--config RECIPE.yaml] [--any_setting VALUE]\n")
         return 0
     return run(argv)
 

@@ -1,14 +1,17 @@
-"""`p2p-trainer doctor`: what is installed, which devices there are, and what a recipe would do."""
+"""`p2p-trainer doctor`: what is installed, which devices there are, and what a recipe would do and take."""
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .assembly import count_overlong, load_tokenizer, make_encoder
 from .data_collator import Encoder
+from .estimation import Forecast, forecast, read_launch
 from .recipe import choose_defense, model_location, parse
 from .recipe_data import load_data, with_oracle
 from .reserve import flagged
@@ -20,16 +23,17 @@ from .training_set import build_training_set, described
 
 def run(argv: Sequence[str], console: Console | None = None) -> int:
     """
-    Print the report; loads data and tokenizer of a recipe, never its model.
+    Print the report; loads data and tokenizer of a recipe, never its model's weights.
 
     Args:
         argv (`Sequence[str]`):
-            `--config RECIPE.yaml` and further settings of a recipe; empty for the installation alone.
+            `--config RECIPE.yaml` and further settings of a recipe, `--accelerate_config FILE` for a launch of several
+            processes; empty for the installation alone.
         console (`Console`, *optional*):
             Where to print.
 
     Returns:
-        `int`: 0, or 1 if the recipe can't run as it stands.
+        `int`: 0, or 1 if the recipe can't run as it stands, or clearly does not fit into memory.
     """
     console = console or Console()
     installed = _table("Installed")
@@ -41,7 +45,11 @@ def run(argv: Sequence[str], console: Console | None = None) -> int:
 
 
 def _plan(argv: Sequence[str], console: Console) -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--accelerate_config")
+    known, argv = parser.parse_known_args(list(argv))
     script_args, args, model_args = parse(argv)
+    launch = read_launch(known.accelerate_config, args.world_size)
     table = _table("This recipe")
     problems = 0
 
@@ -51,7 +59,7 @@ def _plan(argv: Sequence[str], console: Console) -> int:
             table.add_row(name, value())
         except (ValueError, OSError) as error:
             problems += 1
-            table.add_row(name, f"[red]{str(error).replace('[', chr(92) + '[')}[/red]")
+            table.add_row(name, f"[red]{escape(str(error))}[/red]")
             return False
         return True
 
@@ -79,10 +87,10 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         data = found["data"]
         rows = found["defense"].rows(with_oracle(data.train, args), data.task, args)
         if not args.p2p_enabled:
-            found["total"] = len(rows)
+            found["rows"] = flagged(rows, False)
             return f"no row carries the key; {len(data.train)} rows were given, {len(rows)} are trained on"
         built = build_training_set(rows, data.task, args)
-        found["total"] = len(built.rows)
+        found["rows"] = built.rows
         counts = built.counts
         lines = [f"{counts['rows_reserved']} rows carry the key ({args.p2p_reserve}, {args.p2p_benign_mode})"]
         if built.screening is not None:
@@ -93,12 +101,12 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         return "\n".join(lines)
 
     def steps() -> str:
-        total = found.get("total", len(found["data"].train))
-        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        batch = args.train_batch_size * args.gradient_accumulation_steps * launch.processes
         if args.max_steps > 0:
+            found["steps"] = args.max_steps
             return f"{args.max_steps} of batch {batch}"
-        per_epoch = math.ceil(total / batch)
-        steps = math.ceil(per_epoch * args.num_train_epochs)
+        per_epoch = math.ceil(len(found["rows"]) / batch)
+        steps = found["steps"] = math.ceil(per_epoch * args.num_train_epochs)
         return f"{steps} = {args.num_train_epochs:g} epochs x {per_epoch} of batch {batch}"
 
     def encoder() -> Encoder:
@@ -129,6 +137,21 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         prefix = f"{prompt_format.answer_prefix!r} in front, under the key" if args.p2p_enabled else "as they are"
         return f"written, {prefix}; {prompt_format.max_new_tokens} tokens at most; metric {found['data'].task.metric}"
 
+    def resources() -> None:
+        nonlocal problems
+        try:
+            seen: Forecast = forecast(
+                found["data"], found["rows"], found["encoder"], args, model_args, launch, found["steps"]
+            )
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = str(error).strip().split("\n")[0]
+            table.add_row("memory, time", f"not estimated, the model's configuration can't be used: {escape(reason)}")
+            return
+        for name, text in seen.lines.items():
+            shown = escape(text)
+            table.add_row(name, f"[red]{shown}[/red]" if name == "fits" and not seen.fits else shown)
+        problems += not seen.fits
+
     table.add_row("model", str(model_args.model_name_or_path))
     if row("defense", defense) and row("rows", rows):
         row("attack", poison)
@@ -137,6 +160,8 @@ def _plan(argv: Sequence[str], console: Console) -> int:
         classes = found["data"].task.num_labels
         if row("label words", words) if classes else row("answers", answers):
             row("prompt", prompt)
+            if "steps" in found:
+                resources()
     console.print(table)
     return 1 if problems else 0
 
