@@ -53,6 +53,15 @@ class ColumnKeepingSFTTrainer(SFTTrainer):
         with _only_answers_are_scored():
             return super().compute_loss(*args, **kwargs)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.accelerator.is_fsdp2 and not _is_spread(self.model):
+            # accelerate would ask for an optimizer.
+            raise ValueError(
+                "FSDP2 spreads the model when training begins, and can't evaluate it before that. Call `train` first, "
+                "set `eval_on_start: true`, or evaluate in one process."
+            )
+        return super().evaluate(*args, **kwargs)
+
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
@@ -133,6 +142,12 @@ class LengthOrder(LengthGroupedSampler):
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
         return super().__iter__()
+
+
+def _is_spread(model: torch.nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from rich.console import Console
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from ._files import write_json
+from .checkpoints import explained
 from .config import P2PConfig, P2PScriptArguments
 from .defenses import Defense, Workbench, get_defense
 from .defenses.p2p import Configured
@@ -162,8 +163,12 @@ def prepare(script_args: P2PScriptArguments, training_args: P2PConfig, model_arg
     trainer = defense.build(bench)
     if data.test is not None and not data.task.num_labels:
         response_evaluator(script_args, training_args, data, trainer, defense).check(trainer.model)
+    if checkpoint is not None:
+        trainer.check_checkpoint(Path(checkpoint))
     if trainer.is_world_process_zero():
-        write_json(Path(training_args.output_dir) / RUN_NAME, settings)
+        folder = Path(training_args.output_dir)
+        with explained(f"The settings in {str(folder)!r}", folder, "Nothing was trained: start again"):
+            write_json(folder / RUN_NAME, settings)
     arguments = (script_args, training_args, model_args)
     return PreparedRun(trainer, data, arguments, defense, bench, time.monotonic() - started)
 
@@ -185,7 +190,9 @@ def train(prepared: PreparedRun) -> RunResults:
     trainer = defense.train(prepared.trainer, prepared.bench)
     before_test = time.monotonic()
     trainer.guard = defense.guard
-    trainer.save_model(output_dir)
+    folder, advice = Path(output_dir), "Checkpoints are as they were: go on with `--resume_from_checkpoint auto`"
+    with explained(f"The model in {output_dir!r}", folder, advice):
+        trainer.save_model(output_dir)
     script_args, args, _ = prepared.arguments
     measured = measure(script_args, args, prepared.data, trainer, defense)
     results = collect(
@@ -202,7 +209,8 @@ def train(prepared: PreparedRun) -> RunResults:
         },
     )
     if trainer.is_world_process_zero():
-        results.save(output_dir)
+        with explained(f"The results in {output_dir!r}", folder, advice):
+            results.save(output_dir)
         console = Console()
         console.print(results_table({Path(output_dir).name: results}))
         if measured is not None and measured.table is not None:

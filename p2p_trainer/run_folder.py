@@ -2,18 +2,26 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig
 
+from .checkpoints import checkpoints_of, defect, newest_complete
 from .config import P2PConfig, P2PScriptArguments
 from .prompt_format import CONFIG_NAME
 from .results import RESULTS_NAME
 
 
+try:
+    import fcntl
+except ImportError:
+    # Windows: two runs in one folder are not noticed.
+    fcntl = None
+
 RUN_NAME = "run.json"
+LOCK_NAME = ".lock"
 
 # Settings that may change between the parts of one run: they alter where and how it runs, not what it computes.
 _NOT_PART_OF_A_RUN = frozenset({"output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name"})
@@ -40,7 +48,9 @@ def all_settings(script_args: P2PScriptArguments, args: P2PConfig, model_args: M
 
 def claim(args: P2PConfig, settings: dict[str, Any]) -> str | None:
     """
-    Refuse an output folder that holds another run.
+    Refuse an output folder that holds another run, that another process works in, or that can't be written to.
+
+    All processes of a run call this.
 
     Args:
         args ([`P2PConfig`]):
@@ -49,28 +59,45 @@ def claim(args: P2PConfig, settings: dict[str, Any]) -> str | None:
             What [`all_settings`] returns for the run that is about to start.
 
     Returns:
-        `str` or `None`: checkpoint to go on from.
+        `str` or `None`: checkpoint to go on from; `None` for the start, also if a run was interrupted before its first
+        checkpoint was complete.
 
     Raises:
         `ValueError`: the folder holds a run and resuming was not asked for, is not possible, or has other settings.
     """
     folder = Path(args.output_dir)
     resume = args.resume_from_checkpoint
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    checkpoint = last if str(resume).lower() in ("true", "auto", "last") else resume
-    used = [path for path in (last, folder / RESULTS_NAME, folder / CONFIG_NAME) if path and Path(path).exists()]
-    if args.process_index != 0 or not used:
-        return checkpoint or None
-    if not resume:
+    if args.process_index == 0:
+        _lock(folder)
+    if str(resume).lower() in ("true", "auto", "last"):
+        checkpoint = newest_complete(folder, args.world_size)
+    else:
+        checkpoint = Path(resume) if resume else None
+    if args.process_index == 0:
+        _check_owner(folder, settings, bool(resume), checkpoint)
+    return None if checkpoint is None else str(checkpoint)
+
+
+def _check_owner(folder: Path, settings: dict[str, Any], resume: bool, checkpoint: Path | None) -> None:
+    last = checkpoints_of(folder)[:1]
+    used = [path for path in (*last, folder / RESULTS_NAME, folder / CONFIG_NAME) if path.exists()]
+    if used and not resume:
         raise ValueError(
-            f"The output folder {str(folder)!r} holds another run (found {Path(used[0]).name}). Give another "
+            f"The output folder {str(folder)!r} holds another run (found {used[0].name}). Give another "
             f"`--output_dir`, go on with `--resume_from_checkpoint auto`, or delete the folder."
         )
-    if not checkpoint:
+    if checkpoint is None and (folder / RESULTS_NAME).exists():
         raise ValueError(
             f"The run in {str(folder)!r} is finished and kept no checkpoint: there is nothing to resume. Give another "
             f"`--output_dir`, or delete the folder."
         )
+    if checkpoint is not None and (wrong := defect(checkpoint)) is not None:
+        raise ValueError(
+            f"The checkpoint {str(checkpoint)!r} is incomplete ({wrong}). Name another one, or let "
+            f"`--resume_from_checkpoint auto` find it."
+        )
+    if not used:
+        return
     if not (folder / RUN_NAME).is_file():
         raise ValueError(f"The run in {str(folder)!r} left no {RUN_NAME}, so its settings are unknown. Start anew.")
     before = json.loads((folder / RUN_NAME).read_text(encoding="utf-8"))
@@ -81,4 +108,39 @@ def claim(args: P2PConfig, settings: dict[str, Any]) -> str | None:
             f"The output folder {str(folder)!r} holds a run with other settings ({shown}). Resume with the same "
             f"settings, or give another `--output_dir`."
         )
-    return checkpoint or None
+
+
+# Open until the process ends: to close a file gives up its lock, and so does the kernel after a `kill -9`.
+_LOCKS: dict[Path, TextIO] = {}
+
+
+def _lock(folder: Path) -> None:
+    """Keep a second run out, and see that the folder can be written to."""
+    path = (folder / LOCK_NAME).absolute()
+    if path in _LOCKS:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+        if fcntl is not None:
+            # Not `flock`, which the workers of a data loader would inherit, and hold after the run was killed.
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                file.seek(0)
+                raise ValueError(
+                    f"Another run (process {file.read(20) or 'unknown'}) is writing to the output folder "
+                    f"{str(folder)!r}. Wait for its end, or give another `--output_dir`."
+                ) from error
+            except OSError:
+                # Some network disks have no locks.
+                pass
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+    except OSError as error:
+        raise ValueError(
+            f"The output folder {str(folder)!r} can't be written to ({error.strerror}). Give another `--output_dir`, "
+            f"or see to its rights and to the room on its disk."
+        ) from error
+    _LOCKS[path] = file
