@@ -9,7 +9,7 @@ import PIL.Image
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from .attacks import Attack
 from .data_collator import Encoder
@@ -135,6 +135,11 @@ class DefendedModel:
                 guard.attach(run.model, run.encoder)
             defended.guard = guard
         return defended
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """`PreTrainedConfig`: of the model; `transformers.pipeline` asks for it."""
+        return self.model.config
 
     def classify(
         self,

@@ -39,10 +39,13 @@ def main(argv: Sequence[str] | None = None, default_config: Path | None = None) 
         logging.getLogger("p2p_trainer").setLevel(logging.INFO if arguments[1].process_index == 0 else logging.ERROR)
         prepared = recipe.prepare(*arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        # One message is enough for all processes of a launch.
-        raise SystemExit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from error
-    recipe.train(prepared)
-    let_gloo_finish()
+        # On another machine the log of its first process is all that its owner sees.
+        rank = os.environ.get("RANK", "0")
+        raise SystemExit(f"error: {error}" if rank == "0" else f"error in process {rank}: {error}") from error
+    try:
+        recipe.train(prepared)
+    finally:
+        let_gloo_finish()
 
 
 def let_gloo_finish() -> None:

@@ -4,11 +4,11 @@ import copy
 import inspect
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 
 from .inference import Classification, DefendedModel, Response
@@ -31,6 +31,8 @@ class _SavedRun:
 
     folder: str
     options: dict[str, Any]
+    # `pipeline` looks for the commit of a model there (transformers 5.17); of a folder there is none.
+    config: PreTrainedConfig = field(default_factory=PreTrainedConfig)
 
     @classmethod
     def from_pretrained(cls, folder: str, **options: Any) -> "_SavedRun":
