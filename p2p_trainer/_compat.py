@@ -187,6 +187,19 @@ def keep_weights_unpacked(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def end_training(trainer: SFTTrainer) -> None:
+    """
+    Finish trackers and leave the process group.
+
+    transformers has `Trainer.end` from 5.18 on; the floor is 5.17.
+
+    Args:
+        trainer (`SFTTrainer`):
+            A trainer that is done.
+    """
+    getattr(trainer, "end", trainer.accelerator.end_training)()
+
+
 def attention_implementation(model: torch.nn.Module) -> str | None:
     """
     Say which attention a model runs.
@@ -228,6 +241,7 @@ __all__ = [
     "DataCollatorForVisionLanguageModeling",
     "LengthOrder",
     "attention_implementation",
+    "end_training",
     "keep_weights_unpacked",
     "row_index",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from ._compat import end_training
 from ._files import write_json
 from .checkpoints import explained
 from .config import P2PConfig, P2PScriptArguments
@@ -218,7 +219,7 @@ def train(prepared: PreparedRun) -> RunResults:
         files = ("p2p_config.json", GUARD_NAME, RESPONSES_NAME, RESULTS_NAME)
         there = [name for name in files if (Path(output_dir) / name).is_file()]
         console.print(f"Saved to {output_dir}: model, tokenizer, {', '.join(there)}")
-    trainer.end()
+    end_training(trainer)
     return results
 
 
