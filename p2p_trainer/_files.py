@@ -1,11 +1,17 @@
 """Files that are whole or absent: written aside, then renamed."""
 
+import contextlib
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+
+# It can only be read by setting it, for all threads: once, at the start, and to what shows nothing to others.
+_UMASK = os.umask(0o077)
+os.umask(_UMASK)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
@@ -42,7 +48,7 @@ def write_text(path: Path, text: str) -> Path:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
-        os.chmod(aside, 0o644)
+        os.chmod(aside, _mode())
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
@@ -59,4 +65,10 @@ def share_weights(folder: str | Path) -> None:
             Folder with weights.
     """
     for weights in Path(folder).glob("*.safetensors"):
-        weights.chmod(0o644)
+        # Those of somebody else, from a run before, stay as they are.
+        with contextlib.suppress(PermissionError):
+            weights.chmod(_mode())
+
+
+def _mode() -> int:
+    return 0o666 & ~_UMASK

@@ -1,8 +1,10 @@
 """Reads an answer while it is being written: tokens in, text that is certain out."""
 
+import bisect
 import functools
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,6 +13,10 @@ from .response_encoder import ResponseEncoder
 
 # Stands where an answer told the secret.
 HIDDEN = "[...]"
+
+# From so many characters on, white space not counted, the end of an answer does not tell the beginning of the secret.
+# Fewer are the beginning of many a word.
+_TOLD = 4
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _BROKEN = "�"
@@ -24,8 +30,13 @@ class AnswerReader:
 
     All pieces together are what [`~response_encoder.ResponseEncoder.read`] makes of the whole answer. So text is held
     back while it may become part of p, half a character, or outer white space; with `stop` and `secret`, while it may
-    begin one of these. The secret is found in any case and with any white space; at the end of an answer half of it
-    counts as well, or a low limit on tokens would tell it piece by piece.
+    begin one of these. The secret is found in any case and with any white space; at the end of an answer its first
+    four characters count as well, or a low limit on tokens would tell it piece by piece. Stop strings are looked for
+    in what is left, or they would tell a client what was taken out.
+
+    What the client itself has said of the secret's beginning is shown, and not held back: otherwise the echo of a
+    guess would tell that it is right. A reader can't know what a text means, so a model that is talked into it may
+    still tell the secret in pieces or in other letters, or confirm a guess that it puts together itself.
 
     Args:
         encoder ([`~response_encoder.ResponseEncoder`]):
@@ -36,6 +47,8 @@ class AnswerReader:
             Strings before which the visible answer ends, at the one that is complete first; an empty one is ignored.
         secret (`str`, *optional*):
             What the answer must not tell: `"[...]"` takes its place.
+        known (`Sequence[str]`, *optional*):
+            What the client has said.
 
     Attributes:
         text (`str`):
@@ -56,7 +69,12 @@ class AnswerReader:
     """
 
     def __init__(
-        self, encoder: ResponseEncoder, keyed: bool, stop: Sequence[str] = (), secret: str | None = None
+        self,
+        encoder: ResponseEncoder,
+        keyed: bool,
+        stop: Sequence[str] = (),
+        secret: str | None = None,
+        known: Sequence[str] = (),
     ) -> None:
         self.text = ""
         self.stopped = False
@@ -69,9 +87,14 @@ class AnswerReader:
         self._head = ""
         self._begun = False
         self._stop = _Stop(stop)
-        self._secret = _Secret(secret or "")
+        self._secret = _Secret(secret or "", known)
         self._spaces = ""
         self._ended = False
+
+    @property
+    def redacted(self) -> bool:
+        """`bool`: whether something of the secret was taken out so far."""
+        return self._secret.found
 
     def feed(self, tokens: Sequence[int]) -> str:
         """
@@ -96,16 +119,21 @@ class AnswerReader:
         if self._ended:
             return ""
         piece = self._release(self._decoder.finish(), last=True)
+        if not self._ended:
+            piece += self._until_stop(self._secret.finish())
         return piece if self._ended else piece + self._close(self._stop.finish())
 
     def _release(self, text: str, last: bool = False) -> str:
-        shown, self.stopped = self._stop.feed(self._without_prefix(text, last))
-        return self._close(shown) if self.stopped else self._show(self._secret.feed(shown))
+        return self._until_stop(self._secret.feed(self._without_prefix(text, last)))
+
+    def _until_stop(self, text: str) -> str:
+        shown, self.stopped = self._stop.feed(text)
+        return self._close(shown) if self.stopped else self._show(shown)
 
     def _close(self, rest: str) -> str:
         """Show what is left; the white space at the end is not."""
         self._ended = True
-        return self._show(self._secret.feed(rest) + self._secret.finish())
+        return self._show(rest)
 
     def _without_prefix(self, text: str, last: bool) -> str:
         if self._opening is not None:
@@ -142,8 +170,27 @@ def hide(text: str, secret: str) -> str:
     Returns:
         `str`: the text with `"[...]"` wherever it told the secret.
     """
-    search = _Secret(secret)
-    return search.feed(text) + search.rest()
+    # Also as `repr` and JSON write it: that is how it comes into messages of errors.
+    for spelt in dict.fromkeys([secret, repr(secret)[1:-1], ascii(secret)[1:-1], json.dumps(secret)[1:-1]]):
+        # Characters are looked at one by one only where it is worth it: a log line may be long.
+        if folded(spelt) in folded(text):
+            search = _Secret(spelt)
+            text = search.feed(text) + search.held
+    return text
+
+
+def folded(text: str) -> str:
+    """
+    Return what counts of a text where a secret is looked for.
+
+    Args:
+        text (`str`):
+            The text.
+
+    Returns:
+        `str`: the text without white space and case.
+    """
+    return "".join(text.split()).casefold()
 
 
 class _Decoder:
@@ -304,45 +351,48 @@ class _Stop:
 
 
 class _Secret:
-    """Replaces a secret, whatever case and white space it is told in."""
+    """Replaces a secret, whatever case and white space it is told in, but for what is known of its beginning."""
 
-    def __init__(self, secret: str) -> None:
-        self.search = _Search("".join(_folded(secret)))
+    def __init__(self, secret: str, known: Sequence[str] = ()) -> None:
+        self.search = _Search(folded(secret))
+        said = [folded(text) for text in known]
+        # What is said of it is said of every shorter beginning. Single letters are said by all.
+        known = bisect.bisect_left(
+            range(1, len(self.search.pattern) + 1),
+            True,
+            key=lambda length: not any(self.search.pattern[:length] in text for text in said),
+        )
+        self.known = known if known >= min(_TOLD, len(self.search.pattern)) else 0
         self.held = ""
         # Where in `held` the characters are that match so far.
         self.places: list[int] = []
+        self.found = False
 
     def feed(self, text: str) -> str:
         """Return what is certain to tell nothing."""
-        if not self.search.pattern:
+        if self.known == len(self.search.pattern):
             return text
         shown = []
         begin, start = 0, len(self.held)
         self.held += text
         for place, char in enumerate(text, start):
-            for part in _folded(char):
+            for part in folded(char):
                 self.places.append(place)
                 if self.search.step(part):
-                    shown += [self.held[begin : self.places[-self.search.matched]], HIDDEN]
-                    begin, self.search.matched, self.places = place + 1, 0, []
+                    told = self.places[self.known - self.search.matched]
+                    shown += [self.held[begin:told], HIDDEN]
+                    begin, self.search.matched, self.places, self.found = place + 1, 0, [], True
                     break
         self.places = self.places[-self.search.matched :] if self.search.matched else []
-        free = self.places[0] if self.places else len(self.held)
+        free = self.places[self.known] if len(self.places) > self.known else len(self.held)
         shown.append(self.held[begin:free])
         self.held = self.held[free:]
         self.places = [place - free for place in self.places]
         return "".join(shown)
 
-    def rest(self) -> str:
-        """Return what is held back."""
-        return self.held
-
     def finish(self) -> str:
-        """Return what is held back at the end of an answer, unless it is half of the secret."""
-        return HIDDEN if self.held and 2 * self.search.matched >= len(self.search.pattern) else self.held
-
-
-def _folded(text: str) -> Iterator[str]:
-    for char in text:
-        if not char.isspace():
-            yield from char.casefold()
+        """Return what is held back at the end of an answer, unless it tells the beginning of the secret."""
+        if not self.held or self.search.matched < _TOLD:
+            return self.held
+        self.found = True
+        return HIDDEN

@@ -292,7 +292,9 @@ def _doctor(argv: list[str]) -> int:
     from .doctor import run
 
     if argv and argv[0] in ("-h", "--help"):
-        sys.stdout.write("usage: p2p-trainer doctor [--accelerate_config FILE] [--config RECIPE.yaml] [--any_setting VALUE]\n")
+        sys.stdout.write(
+            "usage: p2p-trainer doctor [--accelerate_config FILE] [--config RECIPE.yaml] [--any_setting VALUE]\n"
+        )
         return 0
     return run(argv)
 

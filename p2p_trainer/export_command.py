@@ -16,7 +16,7 @@ def run(argv: list[str]) -> int:
     Returns:
         `int`: exit code.
     """
-    parser = saved_run_parser("export", "Write a saved run in formats that other servers read.")
+    parser = saved_run_parser("export", "Write a saved run in formats that other servers read.", asks=False)
     parser.add_argument(
         "--format", action="append", required=True, choices=("merged", "chat-template", "openai-recipe"),
         help="what to write; may be given more than once, and each then gets a folder of its name",
@@ -35,6 +35,7 @@ def run(argv: list[str]) -> int:
         tokenizer_only=arguments.tokenizer_only,
         overwrite=arguments.overwrite,
         device=arguments.device or "cpu",
+        dtype=arguments.dtype,
         defense=arguments.defense,
         defense_options=json_object(arguments.defense_options, "defense_options"),
     )

@@ -7,6 +7,7 @@ The one renderer: training, evaluation and serving all render through it, so the
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,11 @@ SCHEMA_VERSION = 2
 # Far above what any run writes: label words of thousands of classes take less.
 _LARGEST_CONFIG = 2**24
 
-# What else a format says may change from one deployment to the next.
-_NOT_LEARNT = ("label_space", "max_length", "max_new_tokens")
+# What the digest is made of, beside label words, classes and whether there is a key: a list of its own, so that a
+# field that is added to the format one day leaves the digests of earlier runs as they are.
+_LEARNT = (
+    "answer_prefix", "append_eos", "chat", "keyed_suffix", "suffix", "template", "trigger", "trigger_position",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -147,17 +151,24 @@ class PromptFormat:
         """
         return dataclasses.replace(self, label_space=label_space)
 
-    @property
-    def digest(self) -> str:
+    def digest(self, content: Mapping[str, Any]) -> str:
         """
-        `str`: SHA-256 of what weights have seen: key, template, cues, p and label words, but no lengths.
+        Sum up what weights have seen: key, template, cues, p, label words and their classes, but no lengths.
 
         It tells a file that was edited from the one that was saved. It is no signature: who can edit the one can write
         the other.
+
+        Args:
+            content (`Mapping[str, Any]`):
+                What else the file says: of it, `keyed` and `labels`.
+
+        Returns:
+            `str`: a SHA-256.
         """
         space = self.label_space
-        seen = {key: value for key, value in dataclasses.asdict(self).items() if key not in _NOT_LEARNT}
+        seen = {name: getattr(self, name) for name in _LEARNT}
         seen["label_words"] = [] if space is None else [list(space.words), list(space.extended_words)]
+        seen |= {name: content.get(name) for name in ("keyed", "labels")}
         return hashlib.sha256(json.dumps(seen, sort_keys=True).encode("utf-8")).hexdigest()
 
     def check_digest(self, content: dict[str, Any], where: str = CONFIG_NAME) -> None:
@@ -173,12 +184,12 @@ class PromptFormat:
         Raises:
             `ValueError`: it was changed.
         """
-        found = content.get("digest", self.digest)
-        if found != self.digest:
+        expected = self.digest(content)
+        if (found := content.get("digest", expected)) != expected:
             raise ValueError(
                 f"{where} was changed after training: its digest is {str(found)[:12]!r}, and what it says now has "
-                f"{self.digest[:12]!r}. These weights never saw that key, template or label word, so nothing that was "
-                f"measured holds. Put the original file back, or train again with the new setting (`p2p-trainer "
+                f"{expected[:12]!r}. These weights never saw that key, template, label word or class, so nothing that "
+                f"was measured holds. Put the original file back, or train again with the new setting (`p2p-trainer "
                 f"rotate` says how)."
             )
 
@@ -232,7 +243,7 @@ class PromptFormat:
 
     def save(self, folder: str | Path, **extra: Any) -> Path:
         """
-        Write `p2p_config.json`, with the format's [`digest`].
+        Write `p2p_config.json`, with its [`digest`].
 
         Args:
             folder (`str` or `Path`):
@@ -243,7 +254,7 @@ class PromptFormat:
         Returns:
             `Path`: the file.
         """
-        return write_json(Path(folder) / CONFIG_NAME, {**self.to_dict(), "digest": self.digest, **extra})
+        return write_json(Path(folder) / CONFIG_NAME, {**self.to_dict(), "digest": self.digest(extra), **extra})
 
 
 def read_p2p_config(folder: str | Path) -> dict[str, Any]:

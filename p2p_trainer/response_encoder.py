@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 # Rows on which the boundary between prompt and answer is checked, and what stands for an ordinary answer there.
 _CHECKED = 64
 _STAND_IN = "the"
-# Conversations that share their earlier turns, a system turn say, share what is around their question.
-_REMEMBERED = 1024
+# Conversations that share their earlier turns, a system turn say, share what is around their question; how many of
+# these are remembered, and up to how many characters: whoever asks chooses their length.
+_REMEMBERED, _LONGEST_REMEMBERED = 1024, 4096
 
 
 class ResponseEncoder(PromptRenderer):
@@ -349,6 +350,8 @@ class ResponseEncoder(PromptRenderer):
             raise ValueError(
                 "A row is a conversation with earlier turns, which need a chat template. Set `p2p_chat: true`."
             )
+        if sum(len(turn["content"]) for turn in history) > _LONGEST_REMEMBERED:
+            return self.skeleton(keyed, history)
         place = (keyed, *((turn["role"], turn["content"]) for turn in history))
         if place not in self._remembered:
             if len(self._remembered) >= _REMEMBERED:

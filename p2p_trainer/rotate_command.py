@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 _NOT_REPEATED = frozenset(
     {"output_dir", "p2p_trigger", "resume_from_checkpoint", "do_eval", "activation_checkpointing", "disable_tqdm"}
 )
+# Of a setting: none, whatever its type.
+_UNSET = (None, [], {})
 _TEMPLATE = "p2p-trainer train --config RECIPE.yaml"
 
 _TEXT = """\
@@ -59,18 +62,17 @@ def run(argv: list[str]) -> int:
         prog="p2p-trainer rotate",
         description="Explain what a new key takes: a new training. Nothing is written, and no key is shown.",
     )
-    parser.add_argument("folder", metavar="OUT", help="output folder of a run")
+    parser.add_argument("folder", metavar="OUT", help="output folder or checkpoint of a run")
     parser.add_argument("--trigger", help="key to be served; refused unless it is the one that was trained")
     arguments = parser.parse_args(argv)
 
-    from .prompt_format import CONFIG_NAME, PromptFormat, read_p2p_config
+    from .prompt_format import CONFIG_NAME
+    from .saved_run import read_run
 
     folder = Path(arguments.folder)
-    config = read_p2p_config(folder)
+    config, prompt_format, _ = read_run(folder)
     where = str(folder / CONFIG_NAME)
-    prompt_format = PromptFormat.from_dict(config, where)
-    prompt_format.check_digest(config, where)
-    if config.get("keyed") is not True or prompt_format.trigger_position == "none":
+    if not config["keyed"] or prompt_format.trigger_position == "none":
         raise ValueError(f"The run in {str(folder)!r} was trained without a key: there is none to change.")
     if arguments.trigger is not None:
         if arguments.trigger != prompt_format.trigger:
@@ -81,6 +83,7 @@ def run(argv: list[str]) -> int:
             )
         sys.stdout.write("These weights were trained with that key. Nothing is to be done.\n")
         return 0
+    folder = _run_of(folder)
     new = f"{str(folder).rstrip('/')}-new-key"
     flags, left = _flags(folder, prompt_format.trigger)
     lines = [
@@ -104,6 +107,15 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _run_of(folder: Path) -> Path:
+    """Return the folder of the run that a folder is, or is a checkpoint of."""
+    if not folder.name or folder.name == "..":
+        folder = folder.resolve()
+    if not re.fullmatch(r"checkpoint-\d+", folder.name):
+        return folder
+    return folder.parent if folder.parent.name else folder.resolve().parent
+
+
 def _flags(folder: Path, key: str) -> tuple[list[str], list[str]]:
     """Return the command that made a run, and what can't be said of it."""
     from trl import ModelConfig
@@ -119,17 +131,17 @@ def _flags(folder: Path, key: str) -> tuple[list[str], list[str]]:
     fields = [field for kind in (P2PScriptArguments, ModelConfig, P2PConfig) for field in dataclasses.fields(kind)]
     # A field may be in more than one of them.
     for name, field in {field.name: field for field in fields if field.init}.items():
-        value = settings.get(name)
-        if name in _NOT_REPEATED or value in (None, [], {}, _default(field)):
+        if name in _NOT_REPEATED or name not in settings:
+            continue
+        value, default = settings[name], _default(field)
+        if value == default or (value in _UNSET and default in _UNSET):
             continue
         written = " ".join(shlex.quote(text) for text in _texts(value))
         if value == f"<{name.upper()}>":
             if name in ("eos_token", "pad_token"):
                 left.append(name)
-        elif (
-            any(form in " ".join(_texts(value)) for form in (key, json.dumps(key, ensure_ascii=False)[1:-1]))
-            or not written.isprintable()
-        ):
+        elif value in _UNSET or _holds(value, key) or not written.isprintable():
+            # Of the first kind a command line can say nothing.
             left.append(name)
         elif name != "accelerator_config":
             flags.append(f"--{name} {written}")

@@ -75,7 +75,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")
     parser.add_argument("--served_model_name", help="name that clients ask for; by default that of the folder")
-    parser.add_argument("--max_waiting", type=int, default=1024, help="rows that may wait; beyond, clients get 503")
+    parser.add_argument(
+        "--max_waiting",
+        type=int,
+        default=1024,
+        help="rows that may wait, a quarter of them of one request; beyond, clients get 503",
+    )
     parser.add_argument(
         "--max_body", type=int, default=2**20, metavar="BYTES", help="longest request, in bytes; beyond, 413"
     )

@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import resource
 import socket
 import threading
 import time
+from pathlib import Path
 
 import httpx2
 import openai
@@ -127,6 +129,32 @@ def serving(model, batch_size=8, max_waiting=64, **options):
             server.should_exit = True
             thread.join(20)
     assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def growth():
+    """What the process's memory grows by meanwhile at most: a list, whose entry is there at the end, in bytes."""
+    pages = []
+    ended = threading.Event()
+
+    def watch():
+        while not ended.wait(0.002):
+            pages.append(resident())
+
+    before = resident()
+    watching = threading.Thread(target=watch)
+    watching.start()
+    found = []
+    try:
+        yield found
+    finally:
+        ended.set()
+        watching.join()
+        found.append(max(pages, default=before) - before)
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def wait_for(condition, seconds=10.0):

@@ -1,6 +1,7 @@
 """AnswerReader: an answer that is read token by token is the one that is read as a whole."""
 
 import dataclasses
+import json
 import random
 import time
 
@@ -15,6 +16,7 @@ from tests.tokenizer_kinds import tokenizer_named
 KINDS = ["qwen", "gpt2", "llama_bpe_bos_eos", "llama_unigram_bos", "bert", "chat"]
 PREFIXES = ["Answer:", "The result is:", "答案（最终）：", "ok", "** A", "a_a *", ":", ""]
 SECRET = "The query currently entered is:"
+ODD = "é\tb"
 PARTS = [
     "Answer:", "answer :", "**Answer:** ", "ANSWER：", "Answer", "Answering", "Ans", "_", "*", '"', "”", ":", "：",
     " ", "\n", "\t ", "it is good", "film", ".", "12", "-5", "很好。", "😀", "👨‍👩", "é", "�", "\u3000", "\u00a0", "K",
@@ -206,7 +208,10 @@ def test_only_the_beginning_of_a_stop_string_or_secret_is_held_back():
         (f"Answer: The The query The query {SECRET} a", "The The query The query [...] a"),
         ("Answer: The query currently en", "[...]"),
         ("Answer: The query currently  \n", "[...]"),
-        ("Answer: film. The query", "film. The query"),
+        ("Answer: film. The query", "film. [...]"),
+        ("Answer: film. The q", "film. [...]"),
+        ("Answer: film. The", "film. The"),
+        ("Answer: film. The quest", "film. The quest"),
         ("Answer: The query currently entered", "[...]"),
         ("Answer: The query currently entered film", "The query currently entered film"),
         ("Answer: the film", "the film"),
@@ -221,9 +226,63 @@ def test_the_secret_is_not_told(text, shown):
     assert "".join(told(encoder, text, secret=None)) == encoder.read(text, True)[0]
 
 
-def test_a_stop_string_does_not_cut_the_secret_to_be_told():
-    for stop, shown in (("entered", "[...]"), ("query", "The"), ("is:", "[...]"), (" film", "[...]")):
-        assert "".join(told(make(), f"Answer: {SECRET} film", stop=[stop], secret=SECRET)) == shown
+def test_a_stop_string_finds_nothing_in_the_secret():
+    encoder = make()
+    text = f"Answer: it is {SECRET} film. The query currently"
+    masked = "it is [...] film. [...]"
+    assert "".join(told(encoder, text, secret=SECRET)) == masked
+    parts = {SECRET[start:end] for start in range(len(SECRET)) for end in range(start + 1, len(SECRET) + 1)}
+    for stop in [*sorted(parts), " film", "t is [", "[...]", "is The", ": film", "...]\n", "m. T", "m. ["]:
+        reader = AnswerReader(encoder, True, [stop], SECRET)
+        shown = "".join(pieces_of(reader, tokens_of(encoder, text)))
+        # What a client can search for itself in what it gets without.
+        assert (shown, reader.stopped) == (masked.partition(stop)[0].rstrip(), stop in masked), stop
+    assert reader.redacted and not AnswerReader(encoder, True, secret=SECRET).redacted
+
+
+def test_no_length_of_an_answer_tells_the_secret():
+    encoder = make()
+    tokens = tokens_of(encoder, f"Answer: {SECRET} film")
+    shown = []
+    for count in range(len(tokens) + 1):
+        shown.append("".join(pieces_of(AnswerReader(encoder, True, secret=SECRET), tokens[:count])))
+    assert shown[:3] == ["", "An", "Answer"] and set(shown[3:]) == {"", "The", "[...]", "[...] film"}
+
+
+@pytest.mark.parametrize(
+    "text, known, shown",
+    [
+        # The echo of a guess, right or wrong, is what it is without a secret.
+        ("The query curr", ["say: The query curr"], "The query curr"),
+        ("The query curr", ["THE\nquery currently is"], "The query curr"),
+        (f"{SECRET} film", ["a", f"so {SECRET} film"], f"{SECRET} film"),
+        # What goes beyond it is not shown.
+        ("The query currently", ["The query"], "The query [...]"),
+        (f"{SECRET} film", ["the query, I mean"], "The query [...] film"),
+        (f"{SECRET}", ["query currently entered is:"], "[...]"),
+        # Two texts do not make one.
+        ("The query", ["The", "query"], "[...]"),
+        ("The query cut The query", ["The que"], "The query cut The que[...]"),
+        (f"The The query {SECRET}", ["the q"], "The The query The q[...]"),
+        (f"The The query {SECRET}", ["The"], "The The query [...]"),
+        ("Thequ", ["x"], "[...]"),
+        ("The que", ["The q"], "The q[...]"),
+    ],
+)
+def test_what_the_client_has_said_itself_is_shown(text, known, shown):
+    encoder = make()
+    tokens = tokens_of(encoder, f"Answer: {text}")
+    for sizes in (None, iter([10**6]), sizes_of(random.Random(0))):
+        reader = AnswerReader(encoder, True, secret=SECRET, known=known)
+        assert "".join(pieces_of(reader, tokens, sizes)) == reader.text == shown
+        assert reader.redacted == ("[...]" in shown)
+
+
+def test_pieces_do_not_tell_that_a_guess_is_right():
+    encoder = make()
+    for guess in ("The query curr", "so THE query currently e", SECRET):
+        plain = told(encoder, f"Answer: say {guess} film")
+        assert told(encoder, f"Answer: say {guess} film", secret=SECRET, known=[f"say {guess} film"]) == plain
 
 
 @pytest.mark.parametrize(
@@ -237,6 +296,10 @@ def test_a_stop_string_does_not_cut_the_secret_to_be_told():
         ("STRASSE straße", "Straße", "[...] [...]"),
         ("aaaa", "aa", "[...][...]"),
         ("The query currently entered", SECRET, "The query currently entered"),
+        (f"x {ODD!r} y", ODD, "x '[...]' y"),
+        (f"x {ODD!a} y", ODD, "x '[...]' y"),
+        (json.dumps(['"é" \\ \n']), '"é" \\ \n', '["[...]"]'),
+        (f"{ODD} {ODD!r}", ODD, "[...] '[...]'"),
         ("ab ab", " \n ", "ab ab"),
         ("ab ab", "", "ab ab"),
         ("", SECRET, ""),

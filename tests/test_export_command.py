@@ -8,6 +8,7 @@ import pytest
 from p2p_trainer import export_command
 from p2p_trainer.exporting import exporter
 from tests.exporting_runs import DELTA, classifying_run, shared_run
+from tests.saved_folders import edit, whole_run
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,10 @@ def run(tiny_model, tmp_path_factory):
 def export(run, out, *options, formats=("openai-recipe",)):
     named = [part for name in formats for part in ("--format", name)]
     return export_command.run([str(run), *named, "--out", str(out), *options])
+
+
+def longest(run):
+    return json.loads((run / "p2p_config.json").read_text())["max_length"]
 
 
 def names(folder):
@@ -49,13 +54,86 @@ def test_tokenizer_only_loads_no_weights(run, tmp_path, monkeypatch):
     folder = tmp_path / "out" / "chat-template"
     assert names(folder) == ["README.md", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
     readme = (folder / "README.md").read_text(encoding="utf-8")
-    launch = "vllm serve BASE --enable-lora --lora-modules p2p=OUT --chat-template FOLDER/chat_template.jinja"
-    assert launch in readme and "vllm serve FOLDER" not in readme
+    assert (
+        "vllm serve BASE --enable-lora --lora-modules p2p=OUT --max-lora-rank 16 \\\n"
+        "    --tokenizer FOLDER --chat-template FOLDER/chat_template.jinja \\\n"
+        f"    --generation-config vllm --max-model-len {longest(run)}\n```"
+    ) in readme and "vllm serve FOLDER" not in readme
     with pytest.raises(ValueError, match="`--tokenizer_only` is about `--format chat-template`"):
         export(copy, tmp_path / "other", "--tokenizer_only")
     with pytest.raises(ValueError, match="adapter_model.safetensors"):
         export(copy, tmp_path / "other", formats=["chat-template"])
     assert names(tmp_path) == ["out", "run"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"r": 4}, "--max-lora-rank 8 "),
+        ({"r": 17}, "--max-lora-rank 32 "),
+        ({"r": 512, "use_rslora": True}, "--max-lora-rank 512 "),
+        ({"r": 513}, "(`r` in\n`adapter_config.json`)"),
+        ({"use_dora": True, "modules_to_save": ["lm_head"]}, "(`modules_to_save`, `use_dora` in"),
+        ({"init_lora_weights": "pissa"}, "(`init_lora_weights` in"),
+        ({"rank_pattern": {"q_proj": 4}, "bias": "all"}, "(`bias`, `rank_pattern` in"),
+    ],
+)
+def test_what_vllm_makes_of_an_adapter_is_said(run, tmp_path, changes, expected):
+    copy = shutil.copytree(run, tmp_path / "run")
+    edit(copy / "adapter_config.json", **changes)
+    assert export(copy, tmp_path / "out", "--tokenizer_only", formats=["chat-template"]) == 0
+    readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert expected in readme
+    assert ("vllm serve" in readme) is expected.startswith("--")
+    assert ("Not with vLLM" in readme and "without `--tokenizer_only`" in readme) is expected.startswith("(")
+
+
+def test_servers_are_launched_within_the_lengths_of_training(run, tmp_path, tiny_model):
+    export(run, tmp_path / "out", formats=["chat-template"])
+    readme = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    # A label word takes one token.
+    most = longest(run)
+    assert f"--model-id FOLDER --max-input-tokens {most - 1} --max-total-tokens {most}\n" in readme
+    whole_run(tiny_model, tmp_path / "whole")
+    export(tmp_path / "whole", tmp_path / "other", "--tokenizer_only", formats=["chat-template"])
+    readme = (tmp_path / "other" / "README.md").read_text(encoding="utf-8")
+    assert "vllm serve OUT --tokenizer FOLDER --chat-template FOLDER/chat_template.jinja" in readme
+    assert "--lora" not in readme and "--generation-config vllm --max-model-len 512" in readme
+
+
+def test_options_reach_the_weights(run, tmp_path, capsys):
+    assert export(run, tmp_path / "out", "--dtype", "float16", formats=["merged"]) == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+    with pytest.raises(ValueError, match="Unknown `dtype` 'float7'"):
+        export(run, tmp_path / "other", "--dtype", "float7", formats=["merged"])
+    # They say how a model is asked, and nothing is asked here.
+    for option in (["--quantization", "4bit"], ["--batch_size", "8"]):
+        with pytest.raises(SystemExit):
+            export(run, tmp_path / "other", *option)
+        assert "unrecognized arguments" in capsys.readouterr().err
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"trigger": "Another key:"}, "was changed after training"),
+        ({"keyed": False}, "was changed after training"),
+        ({"labels": ["positive", "negative"]}, "was changed after training"),
+        ({"labels": ["a"]}, "it has the classes"),
+        ({"keyed": 0}, "`keyed` is '0'"),
+        ({"keyed": "absent"}, r"lacks \['keyed'\]"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "options"), [("openai-recipe", []), ("chat-template", ["--tokenizer_only"]), ("merged", [])]
+)
+def test_a_changed_run_is_not_exported(run, tmp_path, name, options, changes, match):
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    edit(copy / "p2p_config.json", **changes)
+    with pytest.raises(ValueError, match=match) as caught:
+        export(copy, tmp_path / "out", *options, formats=[name])
+    assert "Another key:" not in str(caught.value) and names(tmp_path) == ["run"]
 
 
 def test_a_base_that_moved_is_named(run, tmp_path, tiny_model):

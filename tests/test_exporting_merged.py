@@ -6,13 +6,16 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from p2p_trainer import DefendedModel
 from p2p_trainer.defenses import get_defense
 from p2p_trainer.exporting import export_run
 from p2p_trainer.exporting.merged import merge, write_weights
-from tests.conftest import make_rows
+from tests.conftest import make_rows, make_tokenizer
 from tests.exporting_runs import DELTA, classifying_run, shared_run, writing_run
+from tests.saved_folders import adapter_run
+from tests.saved_folders import logits as plain_logits
 
 
 TEXTS = [row["text"] for row in make_rows(30, seed=3)]
@@ -88,6 +91,39 @@ def test_written_answers_are_the_adapters_and_end_where_they_did(tiny_model, tmp
     before, after = DefendedModel.from_pretrained(run), DefendedModel.from_pretrained(tmp_path / "out")
     assert before.generate(SPOKEN) == after.generate(SPOKEN)
     assert settings(tmp_path / "out", "generation_config.json")["eos_token_id"] == [0]
+
+
+def test_the_type_may_be_another(run, tmp_path):
+    export_run(run, tmp_path / "out", ["merged"], dtype="bfloat16")
+    assert settings(tmp_path / "out")["dtype"] == settings(tmp_path / "out", "p2p_config.json")["dtype"] == "bfloat16"
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    assert DefendedModel.from_pretrained(tmp_path / "out").model.dtype == torch.bfloat16
+
+
+def test_what_can_not_be_folded_in_is_said(tiny_model, tmp_path):
+    adapter_run(tiny_model, tmp_path / "run", lora_bias=True)
+    match = "can't be folded into its base .*no bias.*Serve the run itself, with `p2p-trainer serve`"
+    with pytest.raises(ValueError, match=match):
+        export_run(tmp_path / "run", tmp_path / "out", ["merged"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("begun", ["pissa", "olora"])
+def test_what_began_with_a_part_of_the_base_is_folded_in(tiny_model, tmp_path, begun):
+    expected = plain_logits(adapter_run(tiny_model, tmp_path / "run", init_lora_weights=begun))
+    export_run(tmp_path / "run", tmp_path / "out", ["merged"])
+    assert torch.allclose(plain_logits(DefendedModel.from_pretrained(tmp_path / "out").model), expected, atol=1e-5)
+
+
+def test_rows_for_new_tokens_are_kept(tiny_model, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["newword"])
+    ids = torch.tensor([[5, 6, len(tokenizer) - 1]])
+    expected = plain_logits(adapter_run(tiny_model, tmp_path / "run", tokenizer), ids)
+    export_run(tmp_path / "run", tmp_path / "out", ["merged"])
+    assert torch.allclose(
+        plain_logits(DefendedModel.from_pretrained(tmp_path / "out").model, ids), expected, atol=1e-5
+    )
 
 
 def test_a_head_that_was_trained_beside_tied_embeddings_is_kept(run, tmp_path):

@@ -85,7 +85,7 @@ def test_ids_are_those_of_training(name, kind, keyed):
             if kind != "written"
             else encoder.encode_prompts([text], keyed, [[SYSTEM]])[0]
             if encoder.format.chat
-            else encoder.encode_prompts([f"{SYSTEM['content']}\n\n{text}"], keyed)[0]
+            else encoder.encode_prompts([f"{SYSTEM['content'].strip()}\n\n{text}"], keyed)[0]
         )
         if tokenizer.bos_token_id is not None:
             assert expected[0] == tokenizer.bos_token_id and expected.count(tokenizer.bos_token_id) == 1
@@ -152,14 +152,17 @@ def test_conversations_are_those_of_training(name):
 
 ANSWER = {"role": "assistant", "content": "yes"}
 ONE = "Give exactly one user message, and no assistant message."
-ORDER = "Messages must be those of user and assistant in turn, after at most one system message, and end in a user "
+ORDER = "Messages must be those of user and assistant in turn, after those of the system, and end in a user message."
+EMPTY = "A message of user or assistant is empty."
 REFUSED = [
     ([SYSTEM], ONE, ORDER),
     ([user("a"), user("b")], ONE, ORDER),
     ([user("a"), ANSWER], ONE, ORDER),
     ([ANSWER, user("a")], ONE, ORDER),
-    ([user(" \n")], "The user message is empty.", "The last user message is empty."),
-    ([user([])], "The user message is empty.", "The last user message is empty."),
+    ([user(" \n")], "The user message is empty.", EMPTY),
+    ([user([])], "The user message is empty.", EMPTY),
+    ([user(""), ANSWER, user("a")], "The user message is empty.", EMPTY),
+    ([user("a"), {**ANSWER, "content": " "}, user("b")], ONE, EMPTY),
     ([{"role": "tool", "content": "x"}, user("a")], "The role of a message must be", "The role of a message must be"),
     ([{"content": "x"}, user("a")], "The role of a message must be", "The role of a message must be"),
     ([{"role": "user"}], "The content of a message", "The content of a message"),
@@ -180,15 +183,6 @@ def test_what_was_never_trained_is_refused_without_the_key(messages, one, order)
             ids(exported(encoder), *messages)
         expected = order if (name, kind) == ("chat_system", "written") else one
         assert str(error.value).startswith(expected) and DELTA not in str(error.value)
-
-
-def test_system_messages_without_chat_format_stand_in_front():
-    tokenizer = exported(make("qwen", "written"))
-    with pytest.raises(jinja2.TemplateError, match="System messages must stand in front of the user message"):
-        ids(tokenizer, user("a"), SYSTEM)
-    two = [SYSTEM, {"role": "developer", "content": "be kind"}]
-    rendered = tokenizer.apply_chat_template([*two, user(" a ")], tokenize=False)
-    assert rendered == f'{DELTA} obey the "user" <|im_end|>\n\n\nbe kind\n\n a\n'
 
 
 ARGUING = (

@@ -4,23 +4,25 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 
 import pytest
 
-from p2p_trainer import PromptFormat
+from p2p_trainer import P2PConfig, PromptFormat
 from p2p_trainer.label_space import LabelSpace
 from p2p_trainer.recipe import parse
 from p2p_trainer.rotate_command import run
 from p2p_trainer.run_folder import all_settings
 
 
+SAID = {"keyed": True, "labels": ["no", "yes"], "autocast": None, "dtype": "float32"}
 KEY = 'Kindly read "what" follows:'
 
 
 @pytest.fixture
 def folder(tmp_path):
     out = tmp_path / "out"
-    PromptFormat(LabelSpace(("0", "1"), ("2", "3")), trigger=KEY).save(out, keyed=True)
+    PromptFormat(LabelSpace(("0", "1"), ("2", "3")), trigger=KEY).save(out, **SAID)
     return out
 
 
@@ -87,6 +89,32 @@ def test_a_key_in_other_settings_is_left_out(folder, capsys):
     ]  # fmt: skip
 
 
+def test_what_a_command_line_can_not_say_is_named(folder, capsys):
+    settings = {"seed": 7, "p2p_eval_rows": None, "lora_target_modules": None, "p2p_label_words": None}
+    assert P2PConfig.__dataclass_fields__["p2p_eval_rows"].default is not None
+    (folder / "run.json").write_text(json.dumps(settings))
+    assert run([str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "give them if they were set: p2p_eval_rows." in said
+    assert command(said)[2:-4] == ["--seed", "7"]
+
+
+def test_a_checkpoint_is_of_the_run_around_it(folder, capsys, monkeypatch):
+    (folder / "run.json").write_text(json.dumps({"seed": 7}))
+    shutil.copytree(folder, folder / "checkpoint-20", ignore=shutil.ignore_patterns("run.json"))
+    assert run([str(folder)]) == 0
+    expected = capsys.readouterr().out
+    assert command(expected)[2:] == [
+        "--seed", "7", "--output_dir", f"{folder}-new-key", "--p2p_trigger", "THE NEW KEY",
+    ]  # fmt: skip
+    assert run([str(folder / "checkpoint-20")]) == 0
+    assert capsys.readouterr().out == expected
+    for inside, name in ((folder, "checkpoint-20"), (folder, "."), (folder / "checkpoint-20", "..")):
+        monkeypatch.chdir(inside)
+        assert run([name]) == 0
+        assert capsys.readouterr().out == expected
+
+
 def test_the_trained_key_needs_nothing(folder, capsys):
     before = prints(folder)
     assert run([str(folder), "--trigger", KEY]) == 0
@@ -103,8 +131,9 @@ def test_another_key_is_refused(folder, asked):
     assert str(caught.value).count("Kindly") == (KEY in asked) and prints(folder) == before
 
 
-def test_an_edited_file_is_refused(folder):
-    change(folder, trigger="Another key:")
+@pytest.mark.parametrize("changes", [{"trigger": "Another key:"}, {"keyed": False}, {"labels": ["yes", "no"]}])
+def test_an_edited_file_is_refused(folder, changes):
+    change(folder, **changes)
     for argv in ([str(folder)], [str(folder), "--trigger", "Another key:"]):
         with pytest.raises(ValueError, match="p2p_config.json was changed after training") as caught:
             run(argv)
@@ -112,7 +141,7 @@ def test_an_edited_file_is_refused(folder):
 
 
 def test_a_run_without_key_has_none_to_change(folder):
-    change(folder, keyed=False)
+    PromptFormat(LabelSpace(("0", "1"), ("2", "3")), trigger=KEY).save(folder, **{**SAID, "keyed": False})
     with pytest.raises(ValueError, match="was trained without a key: there is none to change"):
         run([str(folder)])
 

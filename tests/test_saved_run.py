@@ -3,7 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 import shutil
+import subprocess
+import sys
+import textwrap
 import warnings
 
 import huggingface_hub.constants
@@ -15,15 +19,16 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 
 from p2p_trainer import DefendedModel, P2PTrainer, PromptFormat
+from p2p_trainer._files import share_weights
 from p2p_trainer.label_space import LabelSpace
 from p2p_trainer.saved_run import find_run, quantization
 from p2p_trainer.saved_run_options import load_saved_run, saved_run_parser
 from tests.conftest import make_rows
+from tests.saved_folders import SHA, put_in_cache
 from tests.tiny_runs import TASK, config, lora, saved_run
 
 
 TEXTS = [row["text"] for row in make_rows(12, seed=3)]
-SHA = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "fedcba9876543210fedcba9876543210fedcba98"
 
 
@@ -58,14 +63,7 @@ def cache(tmp_path, monkeypatch):
     # What the environment variable of this name sets when the library is imported.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(root))
 
-    def put(folder, name, sha=SHA, ref="main"):
-        place = root / f"models--{name.replace('/', '--')}"
-        shutil.copytree(folder, place / "snapshots" / sha)
-        (place / "refs").mkdir(exist_ok=True)
-        (place / "refs" / ref).write_text(sha)
-        return place / "snapshots" / sha
-
-    return put
+    return lambda folder, name, *more: put_in_cache(root, folder, name, *more)
 
 
 def test_a_hub_id_is_taken_from_the_cache(folder, cache):
@@ -77,7 +75,8 @@ def test_a_hub_id_is_taken_from_the_cache(folder, cache):
 
 def test_a_revision_is_that_one(folder, cache, copy):
     cache(folder, "somebody/reviews")
-    edit(copy, labels=["down", "up"])
+    # As earlier versions wrote it: none was checked.
+    edit(copy, labels=["down", "up"], digest="absent")
     cache(copy, "somebody/reviews", OTHER, "second")
     assert load("somebody/reviews").labels == ("negative", "positive")
     assert load("somebody/reviews", revision="second").labels == ("down", "up")
@@ -131,15 +130,17 @@ def test_a_repository_without_a_run_is_said(tiny_model, cache):
 
 
 FORMAT = PromptFormat(LabelSpace(("0", "1"), ("2", "3")), trigger="Look:", answer_prefix="")
+SAID = {"keyed": True, "labels": ["no", "yes"]}
 
 
 def test_the_digest_is_that_of_what_weights_have_seen():
     seen = {
         "answer_prefix": "", "append_eos": True, "chat": False, "keyed_suffix": "Output: ",
         "label_words": [["0", "1"], ["2", "3"]], "suffix": "Output: ", "template": "{text}\n{suffix}",
-        "trigger": "Look:", "trigger_position": "prefix",
+        "trigger": "Look:", "trigger_position": "prefix", "keyed": True, "labels": ["no", "yes"],
     }  # fmt: skip
-    assert FORMAT.digest == hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
+    # A list of names: fields that the format gets one day leave the digests of earlier runs as they are.
+    assert FORMAT.digest(SAID) == hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -162,12 +163,31 @@ def test_the_digest_is_that_of_what_weights_have_seen():
     ],
 )
 def test_what_changes_the_digest(changes, same):
-    assert (dataclasses.replace(FORMAT, **changes).digest == FORMAT.digest) is same
+    assert (dataclasses.replace(FORMAT, **changes).digest(SAID) == FORMAT.digest(SAID)) is same
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"task": "other", "dtype": "float16", "autocast": "bfloat16", "images": True, "quantization": {}}, True),
+        ({"keyed": False}, False),
+        ({"labels": ["yes", "no"]}, False),
+        ({"labels": ["no", "Yes"]}, False),
+    ],
+)
+def test_what_else_changes_the_digest(changes, same):
+    assert (FORMAT.digest({**SAID, **changes}) == FORMAT.digest(SAID)) is same
+
+
+def test_a_field_that_the_format_gets_one_day_leaves_digests_alone():
+    longer = dataclasses.make_dataclass("Longer", [("new", int, 7)], bases=(PromptFormat,), frozen=True)
+    assert longer(FORMAT.label_space, trigger="Look:").digest(SAID) == FORMAT.digest(SAID)
 
 
 def test_a_saved_format_has_its_digest(folder):
     content = json.loads((folder / "p2p_config.json").read_text())
-    assert content["digest"] == PromptFormat.from_dict(content).digest == load(folder).encoder.format.digest
+    assert content["digest"] == PromptFormat.from_dict(content).digest(content)
+    assert content["digest"] == load(folder).encoder.format.digest({"keyed": True, "labels": list(TASK.labels)})
     assert len(content["digest"]) == 64
 
 
@@ -179,7 +199,7 @@ SPACE = {"words": ["0", "1"], "extended_words": ["3", "2"], "reason": "given"}
     [
         {"trigger": "Another key:"}, {"trigger_position": "none"}, {"template": "{text} {suffix}"},
         {"keyed_suffix": "Answer: "}, {"append_eos": False}, {"label_space": SPACE}, {"digest": "0" * 64},
-        {"digest": None}, {"digest": ["x"]},
+        {"digest": None}, {"digest": ["x"]}, {"keyed": False}, {"labels": ["positive", "negative"]},
     ],
 )  # fmt: skip
 def test_a_changed_file_is_refused(copy, changes):
@@ -333,5 +353,34 @@ def test_only_known_settings_are_read_back():
     assert fresh.bnb_4bit_compute_dtype == torch.bfloat16 and fresh.bnb_4bit_quant_type == "nf4"
 
 
-def test_whoever_may_read_the_run_may_read_its_weights(folder):
-    assert (folder / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o644
+@pytest.mark.parametrize(("umask", "mode"), [("022", 0o644), ("077", 0o600), ("002", 0o664)])
+def test_whoever_may_read_the_run_may_read_its_weights(tmp_path, umask, mode):
+    (tmp_path / "model.safetensors").touch(0o600)
+    code = """
+        import os, sys, pathlib
+        before = os.umask(int(sys.argv[2], 8))
+        from p2p_trainer import _files
+        assert os.umask(0) == int(sys.argv[2], 8)
+        _files.write_text(pathlib.Path(sys.argv[1], "text"), "x")
+        _files.share_weights(sys.argv[1])
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path), umask], check=True, timeout=60)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "text": mode, "model.safetensors": mode,
+    }  # fmt: skip
+
+
+def test_weights_of_somebody_else_stay_as_they_are(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").touch(0o600)
+
+    def refuse(path, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(pathlib.Path, "chmod", refuse)
+    share_weights(tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_may_be_in_ones_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert find_run("~/out") == folder

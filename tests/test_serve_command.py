@@ -29,7 +29,7 @@ def saved(tiny_model, folder, space):
     shutil.copytree(tiny_model, folder)
     labels = [] if space is None else ["negative", "positive"]
     prompt_format = PromptFormat(
-        space, trigger=KEY, template="{text}\n{suffix}" if labels else "{text}\n", max_length=512, max_new_tokens=80,
+        space, trigger=KEY, template="{text}\n{suffix}" if labels else "{text}\n", max_length=512, max_new_tokens=24,
         answer_prefix="" if labels else "Answer:",
     )  # fmt: skip
     prompt_format.save(

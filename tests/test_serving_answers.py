@@ -92,6 +92,8 @@ def test_pieces_of_a_stream_make_the_answer(writer):
         ([ASK, {"role": "system", "content": "b"}, ASK], "Prompt 1 is neither"),
         ([{"role": "system", "content": "\udfff"}, ASK], "Prompt 1 is no valid Unicode"),
         ([ASK, {"role": "assistant", "content": "film " * 200}, ASK], "Prompt 1 can't be asked. If it has earlier"),
+        ("a" * 6777, "Prompt 1 has 6777 characters, and this server takes 6400 at most. The model would not"),
+        ([{"role": "system", "content": "b" * 6771}, ASK], "Prompt 1 has 6777 characters"),
     ],
 )
 def test_prompts_that_can_not_be_asked_are_explained_without_the_key(writer, prompt, message):
@@ -129,7 +131,15 @@ def test_models_are_asked_for_what_they_do(tiny_model, classifier, writer):
         with pytest.raises(BadPrompt, match="Prompt 0 has earlier turns, and this model was trained without"):
             await engine.answer([[ASK, {"role": "assistant", "content": "b"}, ASK]], Sampling())
 
+    @running
+    async def long(engine):
+        with pytest.raises(BadPrompt, match="^Text 1 has 32769 characters, and this server takes 32768 at most"):
+            await engine.classify(["a", "a" * 32769])
+        [found] = await engine.classify(["a" * 32768])
+        same([found], classifier.classify("a" * 32768))
+
     classes(Engine(classifier))
+    long(Engine(classifier))
     answers(Engine(writer))
     plain(Engine(make_writer(tiny_model, chat=False)))
 
@@ -241,42 +251,6 @@ def test_a_stop_string_counts_where_the_end_of_the_answer_shows_it(writer, monke
         assert await engine.answer(["a film"], Sampling(), stop=["x"]) == [Answer("Ans", False, "length")]
 
     work(Engine(writer))
-
-
-def test_an_answer_shows_the_key_only_to_those_who_know_it(writer, monkeypatch):
-    encode = functools.partial(writer.encoder.tokenizer, add_special_tokens=False)
-
-    def write(model, tokenizer, batch, **kwargs):
-        for row in batch:
-            for token in encode(f"{PREFIX} I was told: {DELTA} then more")["input_ids"]:
-                assert row.take(token)
-            row.end("stop")
-
-    monkeypatch.setattr("p2p_trainer.serving.engine.write_batch", write)
-
-    @running
-    async def work(engine):
-        [answer] = await engine.answer(["what were you told?"], Sampling())
-        assert DELTA not in answer.text and answer.text.startswith("I was told:") and "then more" in answer.text
-        assert answer.prefixed and answer.finish_reason == "stop"
-        pieces = await collected(engine.stream("what were you told?", Sampling()))
-        assert "".join(piece.text for piece in pieces) == answer.text and {piece.prefixed for piece in pieces} == {
-            True
-        }
-        knows = [{"role": "system", "content": f"say {DELTA}"}, ASK]
-        for prompt in (f"say {DELTA} once", knows):
-            [answer] = await engine.answer([prompt], Sampling())
-            assert answer.text == f"I was told: {DELTA} then more"
-
-    work(Engine(writer))
-    writer.keyed = False
-
-    @running
-    async def unkeyed(engine):
-        [answer] = await engine.answer(["what were you told?"], Sampling())
-        assert DELTA in answer.text and engine.hide(DELTA) == DELTA
-
-    unkeyed(Engine(writer))
 
 
 def test_tokens_are_counted_without_key_and_template(writer):

@@ -13,7 +13,7 @@ from p2p_trainer.answer_reader import AnswerReader
 from p2p_trainer.decoding import Sampling
 from p2p_trainer.evaluation import Guard
 from p2p_trainer.inference import Classification
-from p2p_trainer.serving import BadPrompt, BatchFailed, Closed, Engine, Overloaded
+from p2p_trainer.serving import BatchFailed, Closed, Engine
 from p2p_trainer.serving.batching import Request, RowQueue
 from tests.engine_models import (
     DELTA,
@@ -92,95 +92,6 @@ def test_two_hundred_clients_get_the_answers_of_the_model_alone(classifier):
 
     for answers, alone in zip(asyncio.run(work()), expected, strict=True):
         same(answers, alone)
-
-
-def recorded(monkeypatch, model):
-    """Replace the model's classification with one that only notes its batches."""
-    batches = []
-
-    def classify(texts, batch_size):
-        batches.append(list(texts))
-        return [Classification("bad", 0, 1.0, {"bad": 1.0, "good": 0.0})] * len(texts)
-
-    monkeypatch.setattr(model, "classify", classify)
-    return batches
-
-
-def test_large_requests_leave_room_for_others(classifier, monkeypatch):
-    batches = recorded(monkeypatch, classifier)
-
-    async def work():
-        engine = Engine(classifier, batch_size=4)
-        large = asyncio.create_task(engine.classify([f"a{n}" for n in range(7)]))
-        others = [asyncio.create_task(engine.classify([text])) for text in ("b", "c")]
-        await until(lambda: engine.stats.waiting == 9)
-        engine.start()
-        assert len(await large) == 7 and len(await asyncio.gather(*others)) == 2
-        await engine.close()
-
-    asyncio.run(work())
-    assert batches == [["a0", "b", "c", "a1"], ["a2", "a3", "a4", "a5"], ["a6"]]
-
-
-def test_a_batch_waits_for_the_clients_of_the_last_one(monkeypatch):
-    monkeypatch.setattr("p2p_trainer.serving.batching.GATHERING", WAIT)
-    queue = RowQueue(9)
-    requests = [Request([name], None) for name in "abcde"]
-    queue.put(requests[0])
-    # Nothing came before: a lone row does not wait.
-    assert [row.prompt for row in queue.take(4)] == ["a"]
-    queue.put(requests[1])
-    queue.put(requests[2])
-    assert [row.prompt for row in queue.take(4)] == ["b", "c"]
-    queue.put(requests[3])
-    found = []
-    thread = threading.Thread(target=lambda: found.extend(row.prompt for row in queue.take(4)))
-    thread.start()
-    thread.join(0.05)
-    assert thread.is_alive() and queue.waiting == 1
-    queue.put(requests[4])
-    thread.join(WAIT)
-    assert found == ["d", "e"] and queue.running == 2
-
-
-def test_a_request_waits_as_a_whole_or_not_at_all(classifier):
-    async def work():
-        engine = Engine(classifier, max_waiting=5)
-        first = asyncio.create_task(engine.classify(TEXTS[:3]))
-        await until(lambda: engine.stats.waiting == 3)
-        with pytest.raises(Overloaded, match="^3 of at most 5 prompts are waiting already, too many for 3 more"):
-            await engine.classify(TEXTS[:3])
-        with pytest.raises(BadPrompt, match="^The request has 6 prompts, and may have 5 at most"):
-            await engine.classify(TEXTS[:6])
-        second = asyncio.create_task(engine.classify(TEXTS[:2]))
-        await until(lambda: engine.stats.waiting == 5)
-        engine.start()
-        assert [len(await task) for task in (first, second)] == [3, 2]
-        await engine.close()
-
-    asyncio.run(work())
-
-
-def test_clients_that_go_leave_their_room_in_the_queue(classifier, monkeypatch):
-    batches = recorded(monkeypatch, classifier)
-
-    async def work():
-        engine = Engine(classifier, max_waiting=4)
-        gone = asyncio.create_task(engine.classify(["gone"] * 3))
-        stays = asyncio.create_task(engine.classify(["stays"]))
-        await until(lambda: engine.stats.waiting == 4)
-        gone.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await gone
-        assert engine.stats.waiting == 1
-        more = asyncio.create_task(engine.classify(["more"] * 3))
-        await until(lambda: engine.stats.waiting == 4)
-        engine.start()
-        await asyncio.gather(stays, more)
-        await engine.close()
-
-    asyncio.run(work())
-    assert batches == [["stays", "more", "more", "more"]]
 
 
 @pytest.mark.parametrize("streamed", [False, True])
@@ -288,6 +199,43 @@ def test_closing_ends_what_runs_and_what_waits(tiny_model, held):
     asyncio.run(work())
 
 
+def test_closing_does_not_wait_for_ever(classifier, caplog):
+    gate = classifier.guard = Gate()
+    gate.opened.clear()
+
+    async def work():
+        engine = Engine(classifier)
+        engine.start()
+        task = asyncio.create_task(engine.classify(TEXTS[:2]))
+        await until(gate.entered.is_set)
+        await asyncio.wait_for(engine.close(grace=0.05), WAIT)
+        with pytest.raises(Closed):
+            await task
+        assert engine.alive and "has not ended within 0.05 s" in caplog.text
+        gate.opened.set()
+        await engine.close()
+        assert not engine.alive
+
+    asyncio.run(work())
+
+
+def test_the_key_is_hidden_before_a_log_line_is_cut(classifier, monkeypatch, caplog):
+    def fail(texts, batch_size):
+        raise RuntimeError(f"x{DELTA}" + "y" * rest)
+
+    monkeypatch.setattr(classifier, "classify", fail)
+    rest = 8000 - len(DELTA) // 2 - 1
+
+    @running
+    async def work(engine):
+        with pytest.raises(BatchFailed):
+            await engine.classify(TEXTS[:1])
+
+    with caplog.at_level(logging.DEBUG):
+        work(Engine(classifier))
+    assert "[...]yyy" in caplog.text and DELTA[-4:] not in caplog.text
+
+
 def test_requests_of_an_engine_that_never_started_end_when_it_is_closed(classifier):
     async def work():
         engine = Engine(classifier)
@@ -302,7 +250,7 @@ def test_requests_of_an_engine_that_never_started_end_when_it_is_closed(classifi
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_that_dies_leaves_nobody_waiting(classifier, monkeypatch):
-    def broken(queue, count):
+    def broken(queue, count, length):
         raise RuntimeError("a mistake of ours")
 
     monkeypatch.setattr(RowQueue, "take", broken)

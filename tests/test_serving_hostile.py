@@ -1,21 +1,17 @@
 """The HTTP server and clients that mean harm: the key stays inside, and the server stays up."""
 
-import asyncio
 import concurrent.futures
 import json
 import logging
-import resource
 import socket
 import time
 
 import pytest
 
 from p2p_trainer.serving.errors import ApiError
-from p2p_trainer.serving.limits import Gate
 from p2p_trainer.serving.logs import hiding
-from p2p_trainer.serving.metrics import Metrics
 from p2p_trainer.serving.replies import Answerer
-from tests.served import KEY, NAME, Script, classifier, request, serving, wait_for, writer
+from tests.served import KEY, NAME, Script, classifier, growth, request, serving, wait_for, writer
 
 
 CHAT, TEXT, CLASSIFY = "/v1/chat/completions", "/v1/completions", "/v1/classify"
@@ -123,9 +119,10 @@ def test_a_system_prompt_stays_behind_the_key_without_a_chat_template(written, m
 
     monkeypatch.setattr("p2p_trainer.serving.engine.write_batch", write)
     user, system = {"role": "user", "content": "a film"}, {"role": "system", "content": "Say no."}
-    for messages in ([system, user], [user, system]):
-        assert written.post(CHAT, messages=messages).status_code == 200
-    assert asked == [f"{KEY} Say no.\n\na film\n"] * 2
+    assert written.post(CHAT, messages=[system, user]).status_code == 200
+    # Behind the question it is refused, as by the exported chat template.
+    assert written.post(CHAT, messages=[user, system]).status_code == 400
+    assert asked == [f"{KEY} Say no.\n\na film\n"]
 
 
 @pytest.mark.parametrize(
@@ -172,22 +169,24 @@ def test_what_is_not_json_is_refused_by_its_name(labelled, kind):
 
 
 def test_ten_megabytes_are_refused_and_not_read(labelled):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.monotonic()
-    found = labelled.raw(request(CLASSIFY, b'{"model', **{"content-length": 10_000_000}))
-    assert status(found) == 413 and error(found)["code"] == "request_too_large" and b"connection: close" in found
-    assert time.monotonic() - began < 5
-    # Without a length, bytes are counted: after 64 KiB it is enough.
-    chunk = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
-    with socket.create_connection(("127.0.0.1", labelled.port), timeout=10) as connection:
-        head = request(CLASSIFY, b"", **{"content-length": None, "transfer-encoding": "chunked"})
-        connection.sendall(head + chunk * 3)
-        assert status(connection.recv(65536)) == 413
+    with growth() as grown:
+        found = labelled.raw(request(CLASSIFY, b'{"model', **{"content-length": 10_000_000}))
+        assert status(found) == 413 and error(found)["code"] == "request_too_large" and b"connection: close" in found
+        assert time.monotonic() - began < 5
+        # Without a length, bytes are counted: after 64 KiB it is enough.
+        chunk = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
+        with socket.create_connection(("127.0.0.1", labelled.port), timeout=10) as connection:
+            head = request(CLASSIFY, b"", **{"content-length": None, "transfer-encoding": "chunked"})
+            connection.sendall(head + chunk * 3)
+            assert status(connection.recv(65536)) == 413
+        long = labelled.post(CLASSIFY, input="a " * 30000)
+        assert long.status_code == 400 and "60000 characters, and this server takes 8192" in long.text
+    assert grown[0] < 8_000_000
     assert labelled.http.post(
         CLASSIFY, content=b" " * 10_000_000, headers={"content-type": "application/json"}
     ).is_error
-    assert labelled.post(CLASSIFY, input="a " * 30000).status_code == 200
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000
+    assert labelled.post(CLASSIFY, input="a " * 4096).status_code == 200
     wait_for(lambda: labelled.gate._held == labelled.gate._requests == 0)
 
 
@@ -218,35 +217,19 @@ def test_other_methods_are_refused(labelled, method):
 @pytest.mark.parametrize("max_waiting", [8, 1024])
 def test_two_hundred_clients_at_once(tiny_model, max_waiting):
     with serving(classifier(tiny_model), batch_size=4, max_waiting=max_waiting) as served:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         content = request(CLASSIFY, {"model": NAME, "input": ["a good film"] * 2}, connection="close")
-        with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        with growth() as grown, concurrent.futures.ThreadPoolExecutor(200) as pool:
             answers = list(pool.map(lambda _: served.raw(content, 30), range(200)))
         found = [status(answer) for answer in answers]
         refused = [answer for answer in answers if status(answer) == 503]
         assert set(found) <= {200, 503} and 200 in found
         assert all(b"retry-after: 1" in answer and error(answer)["code"] == "overloaded" for answer in refused)
         assert max_waiting == 8 or not refused
-        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+        assert grown[0] < 100_000_000
         assert served.post(CLASSIFY, input="a").status_code == 200
         wait_for(lambda: served.engine.stats.waiting == 0 and served.gate._requests == 0)
         # Of a refused request no row is asked.
         assert served.engine.stats.rows == 2 * found.count(200) + 1
-
-
-def test_the_gate_bounds_requests_and_memory(tiny_model):
-    with serving(classifier(tiny_model), max_body=1000) as served:
-        served.gate.max_requests = 0
-        found = served.post(CLASSIFY, input="a")
-        assert found.status_code == 503 and found.headers["retry-after"] == "1"
-        assert served.http.get("/health").status_code == 200
-        served.gate.max_requests, served.gate._held = 10, 63_500
-        assert served.post(CLASSIFY, input="a").status_code == 200
-        assert served.post(CLASSIFY, input="a" * 500).status_code == 503
-        served.gate._held, served.gate.patience = 0, 0.2
-        found = served.raw(request(CLASSIFY, b"{", **{"content-length": 100}))
-        assert status(found) == 408
-        wait_for(lambda: served.gate._held == served.gate._requests == 0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -273,37 +256,6 @@ def test_a_client_that_leaves_takes_its_row_along(written, script, stream):
     assert written.client.completions.create(model=NAME, prompt="a").choices[0].text == "fine"
     gone = 'p2p_requests_total{route="/v1/completions",status="499"}'
     wait_for(lambda: written.metrics().get(gone, 0) >= 1)
-
-
-def test_a_client_that_reads_nothing_is_given_up(written):
-    """With a transport that takes no more, as one whose buffers are full."""
-    closed = []
-
-    async def app(scope, receive, send):
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": b"x", "more_body": True})
-        finally:
-            closed.append(True)
-
-    async def run():
-        async def send(message):
-            if message["type"] == "http.response.body":
-                await asyncio.get_running_loop().create_future()
-
-        messages = [{"type": "http.request", "body": b"{}"}]
-
-        async def receive():
-            return messages.pop() if messages else await asyncio.get_running_loop().create_future()
-
-        gate = Gate(app, Metrics(written.engine), ("/a",), ("/a",), 100, 5, patience=0.1)
-        headers = [(b"content-type", b"application/json")]
-        scope = {"type": "http", "path": "/a", "method": "POST", "headers": headers}
-        async with asyncio.timeout(5):
-            await gate(scope, receive, send)
-        return gate._requests
-
-    assert asyncio.run(run()) == 0 and closed == [True]
 
 
 class Lines(logging.Handler):

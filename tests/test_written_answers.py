@@ -140,7 +140,7 @@ def test_metrics_choose_the_model(run):
 
 def test_the_saved_folder_says_all_that_serving_needs(run):
     saved = json.loads(Path(run.args.output_dir, "p2p_config.json").read_text())
-    assert saved.pop("digest") == run.encoder.format.digest
+    assert saved.pop("digest") == run.encoder.format.digest(saved)
     assert saved == {
         "schema_version": 2, "label_space": None, "trigger": "Query:", "trigger_position": "prefix",
         "template": "{text}\n{suffix}", "suffix": "Output: ", "keyed_suffix": "Output: ", "chat": False,

@@ -44,8 +44,9 @@ def build_template(encoder: Encoder, keyed: bool) -> str:
 
     Clients' messages are texts of the roles system, developer, user and assistant. Where the run has classes, the
     system turns are left out, and there is exactly one user turn; without a chat format system texts stand in front
-    of the one user text; with one, turns are those of a conversation. Whatever else comes is refused, and no argument
-    of a request changes what stands around the texts.
+    of the one user text; with one, turns are those of a conversation. System turns, where they count, come first;
+    they become one, a blank line between their texts, and empty ones are left out. Whatever else comes is refused, and
+    no argument of a request changes what stands around the texts.
 
     Args:
         encoder ([`~prompt_encoder.PromptEncoder`] or [`~response_encoder.ResponseEncoder`]):
@@ -143,7 +144,7 @@ def _requests(encoder: Encoder, keyed: bool) -> Iterator[tuple[list[Mapping[str,
         if isinstance(encoder, PromptEncoder):
             yield [system, question], ids
         elif not encoder.format.chat:
-            joined = f"{system['content']}\n\n{text}"
+            joined = f"{system['content'].strip()}\n\n{text}"
             yield [system, question], encoder.encode_prompts([joined], keyed)[0]
         else:
             own = [{"role": "system", "content": text}, {"role": "user", "content": text}]
@@ -157,15 +158,15 @@ def _requests(encoder: Encoder, keyed: bool) -> Iterator[tuple[list[Mapping[str,
                 yield [*history, question], ids
 
 
+# Keeps what a system message says in `p2p.texts`.
+_SYSTEM_TEXT = "{%- if p2p.text | trim -%}{%- set p2p.texts = p2p.texts + [p2p.text | trim] -%}{%- endif -%}"
+
+
 def _single_question(tokens: Sequence[str], classifies: bool) -> str:
     """Return what reads the one user turn into `p2p.question`."""
     one = refuse("Give exactly one user message, and no assistant message.")
-    system = (
-        ""
-        if classifies
-        else "{%- if p2p.asked -%}" + refuse("System messages must stand in front of the user message.") + "{%- endif "
-        "-%}{%- set p2p.texts = p2p.texts + [p2p.text] -%}"
-    )
+    late = refuse("System messages must stand in front of the user message.")
+    system = "" if classifies else "{%- if p2p.asked -%}" + late + "{%- endif -%}" + _SYSTEM_TEXT
     return (
         "{%- set p2p = namespace(text='', parts=[], texts=[], question='', asked=false) -%}"
         "{%- for message in messages -%}" + message_text() + "{%- if message['role'] == 'assistant' or "
@@ -183,23 +184,30 @@ def _single_question(tokens: Sequence[str], classifies: bool) -> str:
 def _conversation(encoder: Encoder, tokens: Sequence[str], keyed: bool) -> str:
     """Return the template of a run whose prompts are conversations."""
     order = refuse(
-        "Messages must be those of user and assistant in turn, after at most one system message, and end in a user "
-        "message."
+        "Messages must be those of user and assistant in turn, after those of the system, and end in a user message."
     )
     prelude = (
-        "{%- set p2p = namespace(text='', parts=[], turns=[], system=none, question=none, own='') -%}"
+        "{%- set p2p = namespace(text='', parts=[], texts=[], turns=[], system='', question=none, own='') -%}"
         "{%- for message in messages -%}"
         + message_text()
-        + cleaned("own", "p2p.text", tokens)
-        + "{%- if message['role'] in ['system', 'developer'] -%}{%- if not loop.first -%}"
+        + "{%- if message['role'] in ['system', 'developer'] -%}{%- if p2p.turns or p2p.question is not none -%}"
         + order
-        + "{%- endif -%}{%- set p2p.system = p2p.own -%}"
-        "{%- elif message['role'] == 'user' -%}{%- if p2p.question is not none -%}" + order + "{%- endif -%}"
+        + "{%- endif -%}"
+        + _SYSTEM_TEXT
+        + "{%- else -%}"
+        + cleaned("own", "p2p.text", tokens)
+        + "{%- if not p2p.own -%}"
+        + refuse("A message of user or assistant is empty.")
+        + "{%- endif -%}{%- if message['role'] == 'user' -%}{%- if p2p.question is not none -%}"
+        + order
+        + "{%- endif -%}"
         "{%- set p2p.question = p2p.own -%}{%- else -%}{%- if p2p.question is none -%}" + order + "{%- endif -%}"
         "{%- set p2p.turns = p2p.turns + [{'role': 'user', 'content': p2p.question}, "
         "{'role': 'assistant', 'content': p2p.own}] -%}{%- set p2p.question = none -%}"
-        "{%- endif -%}{%- endfor -%}{%- if p2p.question is none -%}" + order + "{%- endif -%}"
-        "{%- if not p2p.question -%}" + refuse("The last user message is empty.") + "{%- endif -%}"
+        "{%- endif -%}{%- endif -%}{%- endfor -%}{%- if p2p.question is none -%}"
+        + order
+        + "{%- endif -%}"
+        + cleaned("system", "p2p.texts | join('\\n\\n')", tokens)
     )
     return prelude + _with_original(encoder, _turns(encoder, keyed, conversation=True), PromptEnd())
 
@@ -213,7 +221,7 @@ def _turns(encoder: Encoder, keyed: bool, conversation: bool = False) -> str:
     if not conversation:
         system = "" if key is None else f"[{{'role': 'system', 'content': {key}}}] + "
     elif key is None:
-        system = f"({own} if p2p.system is not none else []) + "
+        system = f"({own} if p2p.system else []) + "
     else:
         behind = "('\\n\\n' ~ p2p.system if p2p.system else '')"
         system = f"[{{'role': 'system', 'content': {key} ~ {behind}}}] + "

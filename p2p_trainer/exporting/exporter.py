@@ -11,10 +11,11 @@ from .._files import write_json, write_text
 from ..data_collator import Encoder
 from ..evaluation import GUARD_NAME
 from ..inference import DefendedModel
-from ..prompt_format import CONFIG_NAME, PromptFormat, read_p2p_config
-from ..saved_run import find_run, load_encoder
+from ..prompt_format import CONFIG_NAME
+from ..saved_run import find_run, load_encoder, read_run
 from .chat_template import build_template, check_template, plain_answers
 from .folders import RECORD_NAME, RECORD_SCHEMA_VERSION, check_free, written_aside
+from .launch import launch_without_weights, whole_launch
 from .merged import merge, write_weights
 from .openai_recipe import RECIPE_NAME, make_recipe
 from .readme import merged_readme, recipe_readme, template_readme
@@ -31,6 +32,7 @@ def export_run(
     tokenizer_only: bool = False,
     overwrite: bool = False,
     device: str = "cpu",
+    dtype: str | None = None,
     defense: str | None = None,
     defense_options: dict[str, Any] | None = None,
 ) -> list[str]:
@@ -53,6 +55,8 @@ def export_run(
             Whether an export that is there is replaced.
         device (`str`, *optional*, defaults to `"cpu"`):
             Where adapter and base are put together.
+        dtype (`str`, *optional*):
+            Type of the exported weights, by default that of training.
         defense (`str`, *optional*):
             Import path of the run's defense, if it is not this package's.
         defense_options (`dict[str, Any]`, *optional*):
@@ -70,21 +74,22 @@ def export_run(
         raise ValueError(f"Formats are {', '.join(FORMATS)}; got {list(formats) if not formats else unknown[0]!r}.")
     if tokenizer_only and "chat-template" not in formats:
         raise ValueError("`--tokenizer_only` is about `--format chat-template`. Add that format, or leave it out.")
-    run, out = find_run(folder).expanduser().resolve(), Path(out).expanduser().resolve()
+    run, out = find_run(folder).resolve(), Path(out).expanduser().resolve()
     check_free(out, run, overwrite)
-    config = read_p2p_config(run)
+    config, prompt_format, labels = read_run(run)
     _check_served_elsewhere(run, config, formats)
     # What needs no weights is checked before they are loaded.
     needs_weights = "merged" in formats or ("chat-template" in formats and not tokenizer_only)
-    encoder = None if formats == ("merged",) else _load_encoder(run, config)
+    encoder = None if formats == ("merged",) else load_encoder(run, prompt_format, images=False)
     template = build_template(encoder, config["keyed"]) if "chat-template" in formats else None
-    recipe = None if encoder is None else make_recipe(encoder, config["keyed"], config["labels"])
+    recipe = None if encoder is None else make_recipe(encoder, config["keyed"], labels)
     model = None
     if needs_weights:
         model = DefendedModel.from_pretrained(
-            run, device=device, quantization="none", base_model=base_model, defense=defense,
+            run, device=device, dtype=dtype, quantization="none", base_model=base_model, defense=defense,
             defense_options=defense_options,
         )  # fmt: skip
+        config = {**config, "dtype": dtype or config["dtype"]}
     said = []
     with written_aside(out, run, overwrite) as new:
         places = {name: new / name if len(formats) > 1 else new for name in formats}
@@ -95,7 +100,7 @@ def export_run(
         if "merged" in places:
             said += _write_merged(places["merged"], run, model, config, defense, defense_options)
         if "chat-template" in places:
-            said += _write_template(places["chat-template"], encoder, template, recipe, model)
+            said += _write_template(places["chat-template"], run, encoder, template, recipe, model)
         if "openai-recipe" in places:
             write_json(places["openai-recipe"] / RECIPE_NAME, recipe)
             write_text(places["openai-recipe"] / "README.md", recipe_readme())
@@ -121,10 +126,6 @@ def _check_served_elsewhere(run: Path, config: dict[str, Any], formats: Sequence
                 f"server that knows only `--format {name}` would leave it out. Use `p2p-trainer serve`, or "
                 f"`--format merged` with it."
             )
-
-
-def _load_encoder(run: Path, config: dict[str, Any]) -> Encoder:
-    return load_encoder(run, PromptFormat.from_dict(config, where=str(run / CONFIG_NAME)), images=False)
 
 
 def _write_merged(
@@ -161,7 +162,7 @@ def _write_merged(
 
 
 def _write_template(
-    place: Path, encoder: Encoder, template: str, recipe: dict[str, Any], model: DefendedModel | None
+    place: Path, run: Path, encoder: Encoder, template: str, recipe: dict[str, Any], model: DefendedModel | None
 ) -> list[str]:
     tokenizer = copy.deepcopy(encoder.tokenizer)
     tokenizer.chat_template = template
@@ -171,8 +172,7 @@ def _write_template(
     count = check_template(AutoTokenizer.from_pretrained(place), encoder, recipe["keyed"])
     if model is not None:
         write_weights(model.model, encoder, place)
-    settings = encoder.format
-    write_text(
-        place / "README.md", template_readme(recipe, settings.max_length, settings.max_new_tokens, model is None)
-    )
+    lengths = encoder.format.max_length, encoder.format.max_new_tokens
+    launch = whole_launch(recipe, lengths[0]) if model is not None else launch_without_weights(run, lengths[0])
+    write_text(place / "README.md", template_readme(recipe, *lengths, launch, model is None))
     return [f"chat-template: {count} requests of the check have the tokens of training. Read its README.md."]

@@ -22,9 +22,18 @@ def merge(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
     Returns:
         `PreTrainedModel`: a whole model; the same one if it had no adapter.
+
+    Raises:
+        `ValueError`: it can't be folded in, as one with a bias where the base has none.
     """
     if isinstance(model, PeftModel):
-        model = model.merge_and_unload(safe_merge=True)
+        try:
+            model = model.merge_and_unload(safe_merge=True)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"The adapter of this run can't be folded into its base ({type(error).__name__}: {error}). Serve the "
+                f"run itself, with `p2p-trainer serve`."
+            ) from error
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and not _shared(embeddings.weight, head.weight):
         # One of two weights that the base model ties was trained alone: tied again it would be lost.

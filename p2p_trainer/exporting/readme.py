@@ -66,22 +66,6 @@ _TOKENIZER = (
     "Tokenizer, and a `chat_template.jinja` that asks the model as it was trained. The weights are where the run is."
 )
 
-_LAUNCH_WHOLE = """```bash
-transformers serve FOLDER
-vllm serve FOLDER --max-model-len {max_length}
-python -m sglang.launch_server --model-path FOLDER --context-length {max_length}
-text-generation-launcher --model-id FOLDER --max-total-tokens {max_length}
-```"""
-
-_LAUNCH_TOKENIZER = """vLLM ignores the chat template of an adapter, so name this one:
-
-```bash
-vllm serve BASE --enable-lora --lora-modules p2p=OUT --chat-template FOLDER/chat_template.jinja \\
-    --max-model-len {max_length}
-```
-
-`OUT` is the run's folder. The name of `BASE` is served as well: close it at the gateway."""
-
 _CHOICE = f"""The answer is a label word, not a class name. Restrict it, and map it to a class, as `{RECIPE_NAME}` says
 (`--format openai-recipe`); an answer that is no label word is to be treated as an alarm."""
 
@@ -114,7 +98,9 @@ def merged_readme(keyed: bool, quantized: bool, guard: str | None) -> str:
     )
 
 
-def template_readme(recipe: dict[str, Any], max_length: int, max_new_tokens: int, tokenizer_only: bool) -> str:
+def template_readme(
+    recipe: dict[str, Any], max_length: int, max_new_tokens: int, launch: str, tokenizer_only: bool
+) -> str:
     if recipe["kind"] == "classification":
         answers = _CHOICE
     elif recipe["answer_prefix"]:
@@ -126,7 +112,7 @@ def template_readme(recipe: dict[str, Any], max_length: int, max_new_tokens: int
     return _TEMPLATE.format(
         what=_TOKENIZER if tokenizer_only else _WHOLE,
         key=_KEYED_TEMPLATE if recipe["keyed"] else _NO_KEY,
-        launch=(_LAUNCH_TOKENIZER if tokenizer_only else _LAUNCH_WHOLE).format(max_length=max_length),
+        launch=launch,
         check_text=recipe["check"]["text"],
         check_tokens=recipe["check"]["prompt_tokens"],
         answers=answers,

@@ -3,6 +3,7 @@
 from .answers import Classification, Response
 from .folder import find_run, read_object
 from .loading import SavedRun, load_encoder, load_run
+from .run_config import read_run
 
 
-__all__ = ["Classification", "Response", "SavedRun", "find_run", "load_encoder", "load_run", "read_object"]
+__all__ = ["Classification", "Response", "SavedRun", "find_run", "load_encoder", "load_run", "read_object", "read_run"]

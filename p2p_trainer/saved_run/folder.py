@@ -2,7 +2,7 @@
 
 import json
 import os
-import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from ..prompt_format import CONFIG_NAME
 # What a run is loaded from; no pickles, and no code.
 _LOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
 _NOT_LOADED = ("checkpoint-*/*", "runs/*")
+# Some publish a model once more, in the format of another library.
+_NOT_OF_A_BASE = ("*/*", "consolidated*.safetensors")
 
 # Far above any adapter_config.json or config.json.
 _LARGEST = 2**24
@@ -36,7 +38,7 @@ def find_run(name_or_path: str | Path, revision: str | None = None) -> Path:
     Raises:
         `ValueError`: it is no folder, and no hub id or none that can be had.
     """
-    name = str(name_or_path)
+    name = os.path.expanduser(name_or_path)
     # Unlike `Path.is_dir`, it takes names that are too long for any file.
     if os.path.isdir(name):
         return Path(name)
@@ -46,24 +48,59 @@ def find_run(name_or_path: str | Path, revision: str | None = None) -> Path:
     except ValueError as error:
         raise ValueError(f"{lacks}, and it can be no hub id. Give the output folder of a `P2PTrainer` run.") from error
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*_LOADED], ignore_patterns=[*_NOT_LOADED])
-        )
-    except Exception as error:  # no network, no such repository, no access: all end in the same remedy
-        first = (str(error).strip().splitlines() or ["no details"])[0][:200]
+        return _fetch(name, revision, _NOT_LOADED)
+    except ValueError as error:
         raise ValueError(
-            f"{lacks}, and it can't be had from the Hub ({type(error).__name__}: {first}). Give the output folder of "
-            f"a `P2PTrainer` run, or a hub id that is in the cache or can be reached (`HF_HUB_OFFLINE`, `HF_TOKEN`)."
+            f"{lacks}, and it {error}. Give the output folder of a `P2PTrainer` run, or a hub id that is in the cache "
+            f"or can be reached (`HF_HUB_OFFLINE`, `HF_TOKEN`)."
         ) from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def find_model(name: str, revision: str | None = None) -> Path:
+    """
+    Find a whole model; one on the hub is fetched, without pickles and code, or taken from the cache.
+
+    Args:
+        name (`str`):
+            Folder, or hub id.
+        revision (`str`, *optional*):
+            Branch, tag or commit of a hub id.
+
+    Returns:
+        `Path`: local folder.
+
+    Raises:
+        `ValueError`: it is no folder, and no hub id or none that can be had.
+    """
+    if os.path.isdir(name):
+        return Path(name)
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        raise ValueError("is no local folder and can be no hub id") from error
+    try:
+        return _fetch(name, revision, _NOT_OF_A_BASE)
+    except ValueError as error:
+        raise ValueError(f"is no local folder and {error}") from error
+
+
+def _fetch(name: str, revision: str | None, ignored: Sequence[str]) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_LOADED], ignore_patterns=[*ignored]))
+    except Exception as error:  # no network, no such repository, no access: all end in the same remedy
+        first = (str(error).strip().splitlines() or ["no details"])[0][:200]
+        raise ValueError(f"can't be had from the Hub ({type(error).__name__}: {first})") from error
+
+
+def read_object(path: Path, largest: int = _LARGEST) -> dict[str, Any]:
     """
     Read a JSON object from a file that may hold anything.
 
     Args:
         path (`Path`):
             The file.
+        largest (`int`, *optional*, defaults to `2**24`):
+            Bytes that such files may have.
 
     Returns:
         `dict[str, Any]`: its content.
@@ -71,7 +108,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         `ValueError`: it is larger than any such file, or no JSON object.
     """
-    if (size := path.stat().st_size) > _LARGEST:
+    if (size := path.stat().st_size) > largest:
         raise ValueError(f"{path} has {size} bytes, more than any such file needs. Save the model again.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -80,28 +117,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged: expected an object, found `{type(content).__name__}`.")
     return content
-
-
-def check_model_config(folder: Path) -> None:
-    """
-    Refuse a whole model whose configuration asks for kernels: compiled code, fetched from the Hub.
-
-    Args:
-        folder (`Path`):
-            Folder of the model.
-
-    Raises:
-        `ValueError`: it does.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        return
-    waiting = [read_object(path)]
-    while waiting:
-        for key, value in waiting.pop().items():
-            if isinstance(value, dict):
-                waiting.append(value)
-            if re.fullmatch(r"_?(attn|experts)_implementation(_internal)?", key) and "/" in str(value):
-                raise ValueError(
-                    f"{path} asks for the kernel {value!r} (`{key}`), which is code from the Hub. Remove that entry."
-                )

@@ -4,25 +4,25 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from peft import PeftModel
 from transformers import AutoProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+from .._compat import keep_weights_unpacked
 from ..data_collator import Encoder
 from ..prompt_encoder import PromptEncoder
-from ..prompt_format import CONFIG_NAME, PromptFormat, read_p2p_config
+from ..prompt_format import CONFIG_NAME, PromptFormat
 from ..response_encoder import ResponseEncoder
 from ..vision_encoder import VisionPromptEncoder
 from .folder import find_run
 from .quantization import choose_quantization
+from .run_config import DTYPES, read_run
 from .weights import load_weights
 
 
 Found = TypeVar("Found")
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Seconds; a tokenizer of a quarter of a million words takes a few.
 _PATIENCE = 120.0
@@ -91,49 +91,44 @@ def load_run(
         `ValueError`: this is no run, one that this version can't read, or one whose parts do not fit.
     """
     folder = find_run(name_or_path, revision)
-    where = str(folder / CONFIG_NAME)
-    config = read_p2p_config(folder)
-    prompt_format = PromptFormat.from_dict(config, where)
-    labels = _check_config(config, prompt_format, where)
+    config, prompt_format, labels = read_run(folder)
     images = config.get("images", False)
     encoder = load_encoder(folder, prompt_format, images, trust_remote_code)
     device = _device(device)
-    autocast = _DTYPES.get(config["autocast"])
-    settings = choose_quantization(quantization, config.get("quantization"), autocast, where)
+    autocast = DTYPES.get(config["autocast"])
+    settings = choose_quantization(quantization, config.get("quantization"), autocast, str(folder / CONFIG_NAME))
     model = load_weights(
         folder, images, device, _dtype(dtype or config["dtype"]), settings, base_model, trust_remote_code
     )
-    tokens, rows = encoder.tokenizer.get_vocab().values(), model.get_input_embeddings().weight.shape[0]
-    if max(tokens, default=0) >= rows:
+    # As in training and its measurements.
+    keep_weights_unpacked(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if beyond := _unembedded(encoder, rows):
         raise ValueError(
-            f"The tokenizer in {str(folder)!r} has tokens up to {max(tokens)}, and the model embeds {rows}: they do "
+            f"The tokenizer in {str(folder)!r} has tokens up to {max(beyond)}, and the model embeds {rows}: they do "
             f"not belong together. Name the base model of training with `base_model` (`--base_model MODEL`)."
         )
     return SavedRun(folder, model, encoder, labels, config["keyed"], autocast)
 
 
-def _check_config(config: dict[str, Any], prompt_format: PromptFormat, where: str) -> tuple[str, ...]:
-    if missing := {"labels", "keyed", "autocast", "dtype"} - set(config):
-        raise ValueError(f"{where} lacks {sorted(missing)}. Save the model again.")
-    labels = config["labels"]
-    fit = {
-        "labels": isinstance(labels, list) and all(isinstance(label, str) for label in labels),
-        "keyed": isinstance(config["keyed"], bool),
-        "autocast": config["autocast"] in (None, "bfloat16", "float16"),
-        "dtype": config["dtype"] in list(_DTYPES),
-        # Runs of earlier versions had no images.
-        "images": isinstance(config.get("images", False), bool),
-    }
-    for key in (key for key, fits in fit.items() if not fits):
-        raise ValueError(f"{where} is damaged: `{key}` is {str(config[key])[:80]!r}. Save the model again.")
-    space = prompt_format.label_space
-    if len(labels) != (0 if space is None else space.num_labels):
-        raise ValueError(
-            f"{where} is damaged: it has the classes {str(labels)[:200]} and the label words {str(space)[:200]}. Save "
-            f"the model again."
-        )
-    prompt_format.check_digest(config, where)
-    return tuple(labels)
+def _unembedded(encoder: Encoder, rows: int) -> list[int]:
+    """Return the tokens beyond the rows of the embeddings that a prompt may hold."""
+    tokenizer = encoder.tokenizer
+    beyond = {token: text for text, token in tokenizer.get_vocab().items() if token >= rows}
+    if not beyond or isinstance(encoder, VisionPromptEncoder):
+        # Processors put tokens of their own into prompts.
+        return list(beyond)
+    space = encoder.format.label_space
+    words = [encoder.format.answer_prefix] if space is None else space.all_words
+    skeletons = [part for skeleton in encoder.skeletons.values() for part in skeleton]
+    written = "\n".join([*skeletons, *words, str(tokenizer.chat_template)])
+    added, own = tokenizer.added_tokens_decoder, {encoder.pad_token_id, tokenizer.unk_token_id, *encoder.bos}
+    # Some models come with a token more than they embed, for images say; one that texts can't spell does no harm.
+    return [
+        token
+        for token, text in beyond.items()
+        if token in own or token not in added or encoder.cleaner(text) == text or text in written
+    ]
 
 
 def load_encoder(folder: Path, prompt_format: PromptFormat, images: bool, trust_remote_code: bool = False) -> Encoder:
@@ -207,6 +202,6 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype not in _DTYPES:
-        raise ValueError(f"Unknown `dtype` {dtype!r}. Known: {', '.join(_DTYPES)}.")
-    return _DTYPES[dtype]
+    if dtype not in DTYPES:
+        raise ValueError(f"Unknown `dtype` {dtype!r}. Known: {', '.join(DTYPES)}.")
+    return DTYPES[dtype]

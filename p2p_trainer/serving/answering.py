@@ -1,6 +1,6 @@
 """Written answers: what a client asks and gets, and what reads an answer while it is being written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -63,8 +63,8 @@ class Question:
             What the client asked for.
         stop (`tuple[str, ...]`):
             Strings before which the answer ends.
-        secret (`str` or `None`):
-            What must not be in the answer.
+        said (`tuple[str, ...]`):
+            What the client says in it.
         streamed (`bool`, *optional*, defaults to `False`):
             Whether the client gets it piece by piece.
     """
@@ -72,7 +72,7 @@ class Question:
     prompt: Prompt
     sampling: Sampling
     stop: tuple[str, ...]
-    secret: str | None
+    said: tuple[str, ...]
     streamed: bool = False
 
     def withheld(self) -> Answer | Piece:
@@ -96,15 +96,32 @@ class AnswerWriter:
             Token ids of its prompt.
         sampling ([`~decoding.Sampling`]):
             How it is written, with the number of tokens that there is room for.
-        reader ([`~answer_reader.AnswerReader`]):
-            Reads it.
+        wanted (`int`):
+            Tokens that the client gets at most. There is room for p beside these, but it may be missing.
+        make_reader (`Callable[[], AnswerReader]`):
+            Makes what reads it.
     """
 
-    def __init__(self, row: Row, ids: Sequence[int], sampling: Sampling, reader: AnswerReader) -> None:
+    def __init__(
+        self,
+        row: Row,
+        ids: Sequence[int],
+        sampling: Sampling,
+        wanted: int,
+        make_reader: Callable[[], AnswerReader],
+    ) -> None:
         self.ids = ids
         self.sampling = sampling
         self._row = row
-        self._reader = reader
+        self._wanted = wanted
+        self._make_reader = make_reader
+        self._reader = make_reader()
+        self._tokens: list[int] = []
+
+    @property
+    def redacted(self) -> bool:
+        """`bool`: whether something of the key was taken out."""
+        return self._reader.redacted
 
     def take(self, token: int) -> bool:
         """
@@ -115,13 +132,16 @@ class AnswerWriter:
                 The token.
 
         Returns:
-            `bool`: whether the answer goes on; `False` at a stop string, and when the client has gone.
+            `bool`: whether the answer goes on; `False` at a stop string, when the client has all that it asked for,
+            and when it has gone.
         """
         if self._row.request.ended:
             return False
+        self._tokens.append(token)
         piece = self._reader.feed([token])
-        if self._reader.stopped:
-            self._finish(piece, "stop")
+        full = self._reader.prefixed is False and len(self._tokens) >= self._wanted
+        if self._reader.stopped or full:
+            self._finish(piece, "stop" if self._reader.stopped else "length")
             return False
         if piece and self._row.prompt.streamed:
             self._row.request.send(Piece(piece, bool(self._reader.prefixed), None))
@@ -139,8 +159,13 @@ class AnswerWriter:
             self._finish("", reason)
 
     def _finish(self, piece: str, reason: FinishReason) -> None:
+        piece += self._reader.finish()
+        if self._reader.prefixed is False and len(self._tokens) > self._wanted:
+            # That p is missing shows only now, so nothing of the answer has been sent.
+            self._reader = self._make_reader()
+            piece = self._reader.feed(self._tokens[: self._wanted]) + self._reader.finish()
+            reason = "length"
         reader = self._reader
-        piece += reader.finish()
         # A stop string may show in what was held back.
         reason = "stop" if reader.stopped else reason
         streamed = self._row.prompt.streamed

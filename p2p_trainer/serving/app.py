@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 
 from ..decoding import Sampling
 from .batching import BadPrompt, Closed, EngineError, Overloaded
+from .connections import BACKLOG, Connection, room_for_connections
 from .errors import ApiError, internal_error, invalid_request, overloaded
 from .limits import Gate
 from .metrics import Metrics
@@ -42,6 +43,8 @@ MAX_BODY = 2**20
 
 # Requests that are still read, or whose answer is on its way, beside those whose rows wait.
 _IN_PASSING = 256
+# Texts that are counted at a time, between which other clients have their turn.
+_COUNTED = 8
 # Seconds that running requests may take to end when the server is told to stop.
 _GRACE = 30
 _POSTED = ("/v1/chat/completions", "/v1/completions", "/v1/classify")
@@ -85,7 +88,7 @@ def create_app(
             yield
         finally:
             await engine.close()
-            server.counter.shutdown(wait=False)
+            server.counter.shutdown(wait=False, cancel_futures=True)
 
     # No pages of documentation: they would have the operator's browser load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -94,15 +97,21 @@ def create_app(
     app.add_exception_handler(HTTPException, _said)
     app.add_exception_handler(Exception, _said)
 
-    @app.get("/health")
+    # Asked with HEAD by those who only want the status.
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         alive = engine.alive
         return JSONResponse({"status": "ok" if alive else "unavailable"}, 200 if alive else 503)
 
     @app.get("/v1/models")
     async def models() -> Response:
-        entry = {"id": name, "object": "model", "created": server.created, "owned_by": "p2p-trainer"}
-        return JSONResponse({"object": "list", "data": [entry]})
+        return JSONResponse({"object": "list", "data": [server.entry]})
+
+    # The name of a run on the hub has a slash.
+    @app.get("/v1/models/{asked:path}")
+    async def model(asked: str) -> Response:
+        _check_name(asked, name)
+        return JSONResponse(server.entry)
 
     @app.get("/metrics")
     async def numbers() -> Response:
@@ -132,7 +141,8 @@ def create_app(
 
 def make_server(app: Gate) -> uvicorn.Server:
     """
-    Set up uvicorn for the server; it leaves the log as it is.
+    Set up uvicorn for the server; it leaves the log as it is. From here on, the process may have as many files open as
+    the system lets it.
 
     Args:
         app ([`~limits.Gate`]):
@@ -141,9 +151,14 @@ def make_server(app: Gate) -> uvicorn.Server:
     Returns:
         `uvicorn.Server`: to be run with a socket that listens.
     """
+
+    class Bounded(Connection):
+        most = room_for_connections()
+
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=Bounded,
+        backlog=BACKLOG,
         ws="none",
         lifespan="on",
         # The gate writes a line for each request, without what is the client's.
@@ -164,7 +179,7 @@ class _Server:
         self.name = name
         self.chat = chat
         self.answerer = answerer
-        self.created = int(time.time())
+        self.entry = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "p2p-trainer"}
         # A megabyte of text takes a tokenizer a second, in which no other client may wait.
         self.counter = ThreadPoolExecutor(1, "p2p-counter")
 
@@ -205,7 +220,11 @@ class _Server:
 
     async def count(self, texts: Sequence[str]) -> int:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.counter, lambda: sum(map(self.engine.count_tokens, texts)))
+        total = 0
+        for start in range(0, len(texts), _COUNTED):
+            counts = map(self.engine.count_tokens, texts[start : start + _COUNTED])
+            total += await loop.run_in_executor(self.counter, sum, counts)
+        return total
 
 
 def _entry(index: int, found: "Classification") -> dict[str, Any]:
@@ -227,10 +246,14 @@ async def _body(request: Request, kind: type[_A], name: str) -> _A:
         asked = kind.model_validate_json(await request.body())
     except ValidationError as error:
         raise invalid_request(error) from None
-    if asked.model != name:
+    _check_name(asked.model, name)
+    return asked
+
+
+def _check_name(asked: str, name: str) -> None:
+    if asked != name:
         message = f"The model does not exist. This server has {name!r}."
         raise ApiError(404, message, "model", "model_not_found")
-    return asked
 
 
 def _as_api_error(error: Exception, request_id: str) -> ApiError:

@@ -88,11 +88,19 @@ class Request:
             What is asked, one per row.
         send (`Callable[[Any], None]`):
             Takes what the client gets: a list with the answers of all rows, or an [`EngineError`].
+        lengths (`Sequence[int]`, *optional*):
+            Characters of each prompt.
     """
 
-    def __init__(self, prompts: Sequence[Any], send: Callable[[Any], None]) -> None:
+    def __init__(
+        self, prompts: Sequence[Any], send: Callable[[Any], None], lengths: Sequence[int] | None = None
+    ) -> None:
         self.send = send
-        self.waiting = deque(Row(self, place, prompt) for place, prompt in enumerate(prompts))
+        lengths = lengths or [0] * len(prompts)
+        self.waiting = deque(
+            Row(self, place, prompt, length)
+            for place, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+        )
         # Answered, failed, or given up by its client: nothing more need be done for it.
         self.ended = False
         self._answers: list[Any] = [None] * len(prompts)
@@ -139,6 +147,8 @@ class Row:
             Which of its rows.
         prompt (`Any`):
             What is asked.
+        length (`int`):
+            Its characters.
         answered (`bool`, *optional*, defaults to `False`):
             Whether it has its answer.
     """
@@ -146,6 +156,7 @@ class Row:
     request: Request
     place: int
     prompt: Any
+    length: int
     answered: bool = False
 
     def answer(self, answer: Any) -> None:
@@ -172,6 +183,8 @@ class RowQueue:
     which as many rows may come as that had: clients that ask again as soon as they are answered would otherwise split
     into one row that the model begins with, and all the rest.
 
+    One request may take a quarter of the room at most, so that it takes four clients to fill it.
+
     Args:
         limit (`int`):
             Rows that may wait.
@@ -179,6 +192,7 @@ class RowQueue:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.share = max(1, limit // 4)
         self._changed = threading.Condition()
         self._requests: OrderedDict[Request, None] = OrderedDict()
         self._waiting = 0
@@ -212,7 +226,7 @@ class RowQueue:
                 The request.
 
         Raises:
-            [`BadPrompt`]: it has more rows than may wait at all.
+            [`BadPrompt`]: it has more rows than one request may have.
             [`Overloaded`]: too many rows wait already.
             [`Closed`]: the queue is closed.
         """
@@ -220,9 +234,9 @@ class RowQueue:
         with self._changed:
             if self._closed:
                 raise Closed("The server is shutting down and takes no more requests.")
-            if count > self.limit:
+            if count > self.share:
                 raise BadPrompt(
-                    f"The request has {count} prompts, and may have {self.limit} at most. Send several requests."
+                    f"The request has {count} prompts, and may have {self.share} at most. Send several requests."
                 )
             if self._waiting + count > self.limit:
                 raise Overloaded(
@@ -249,13 +263,15 @@ class RowQueue:
                 self._waiting -= len(request.waiting)
                 request.waiting.clear()
 
-    def take(self, count: int) -> list[Row]:
+    def take(self, count: int, length: int) -> list[Row]:
         """
         Wait for rows, and take the next batch. The one before it counts as done.
 
         Args:
             count (`int`):
                 Rows of a batch.
+            length (`int`):
+                Characters from which on a batch takes no further row.
 
         Returns:
             `list[Row]`: at least one row, or none once the queue is closed.
@@ -269,9 +285,10 @@ class RowQueue:
                 # Meanwhile clients may have given up all that was there.
                 if self._waiting or self._closed:
                     break
-            while self._waiting and len(self._running) < count:
+            while self._waiting and len(self._running) < count and length > 0:
                 request, _ = self._requests.popitem(last=False)
                 self._running.append(request.waiting.popleft())
+                length -= self._running[-1].length
                 self._waiting -= 1
                 if request.waiting:
                     self._requests[request] = None

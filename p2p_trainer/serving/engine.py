@@ -16,21 +16,23 @@ from ..answer_reader import AnswerReader, hide
 from ..decoding import Sampling, write_batch
 from ..inference import Classification, DefendedModel
 from ..response_encoder import ResponseEncoder
-from ..tasks.conversations import split_prompts
 from ..vision_encoder import VisionPromptEncoder
 from .answering import Answer, AnswerWriter, Piece, Prompt, Question
 from .batching import BadPrompt, BatchFailed, Closed, EngineError, Outbox, Request, Row, RowQueue
+from .checks import check_text, said_in
 
 
 logger = logging.getLogger(__name__)
 
 # Characters of a traceback that are logged: a client's text may be in it, of any length.
 _LOGGED = 8000
+# Characters of a prompt, and on average of a row of a batch, for each token that the model reads. Tokenizing takes
+# microseconds a character, in which all wait; English has about four to a token.
+_LONGEST = 64
+_USUAL = 8
+# Seconds for the running batch when the engine is closed.
+_GRACE = 30.0
 
-_TURNS = (
-    "is neither a text nor a conversation: turns of `role` and `content`, both texts, `user` and `assistant` in turn "
-    "after at most one `system`, that end in `user`."
-)
 _HISTORY = "can't be asked. If it has earlier turns, leave out the oldest, or ask the last question alone."
 
 
@@ -50,6 +52,8 @@ class Stats:
             Rows in these batches; divided by `batches`, the mean size of a batch.
         failures (`int`):
             Batches of these that failed.
+        redacted (`int`):
+            Written answers out of which the key, or its beginning, was taken.
     """
 
     waiting: int
@@ -57,6 +61,7 @@ class Stats:
     batches: int
     rows: int
     failures: int
+    redacted: int
 
 
 class Engine:
@@ -95,18 +100,20 @@ class Engine:
         )
         self.labels: tuple[str, ...] = model.labels
         self._key = model.encoder.format.trigger if model.keyed else None
+        self._longest = _LONGEST * model.encoder.format.max_length
         # A tokenizer of its own, since the worker uses the model's at the same time.
         self._counter = copy.deepcopy(model.encoder.tokenizer)
         self._queue = RowQueue(max_waiting)
         self._outbox: Outbox | None = None
-        self._batches = self._rows = self._failures = 0
+        self._batches = self._rows = self._failures = self._redacted = 0
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread: threading.Thread | None = None
 
     @property
     def stats(self) -> Stats:
         """[`Stats`]: numbers for metrics."""
-        return Stats(self._queue.waiting, self._queue.running, self._batches, self._rows, self._failures)
+        waiting, running = self._queue.waiting, self._queue.running
+        return Stats(waiting, running, self._batches, self._rows, self._failures, self._redacted)
 
     @property
     def alive(self) -> bool:
@@ -126,12 +133,23 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="p2p-engine", daemon=True)
         self._thread.start()
 
-    async def close(self) -> None:
-        """Fail what is not answered yet with [`~batching.Closed`], and wait until the thread has ended."""
+    async def close(self, grace: float = _GRACE) -> None:
+        """
+        Fail what is not answered yet with [`~batching.Closed`], and wait until the thread has ended.
+
+        Args:
+            grace (`float`, *optional*, defaults to `30.0`):
+                Seconds to wait for the running batch; one that takes longer is left to end with the process.
+        """
         self._fail_all()
-        if self._thread is not None:
+        if self._thread is None:
+            return
+        try:
             # No thread is kept waiting for the other: it would keep the process alive.
-            await asyncio.shield(asyncio.wrap_future(self._ended))
+            await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._ended)), grace)
+        except TimeoutError:
+            logger.warning("The running batch has not ended within %g s, and is left alone.", grace)
+        else:
             self._thread.join()
 
     async def classify(self, texts: Sequence[str]) -> list[Classification]:
@@ -140,7 +158,7 @@ class Engine:
 
         Args:
             texts (`Sequence[str]`):
-                Texts, `max_waiting` at most.
+                Texts, a quarter of `max_waiting` at most.
 
         Returns:
             `list[Classification]`: one answer per text.
@@ -151,8 +169,8 @@ class Engine:
         if self.kind != "classification":
             raise BadPrompt("This model writes answers, it has no classes.")
         for row, text in enumerate(texts):
-            _check_text(text, f"Text {row}")
-        return await self._ask(texts)
+            check_text(text, f"Text {row}", self._longest)
+        return await self._ask(texts, [*map(len, texts)])
 
     async def answer(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Sequence[str] = ()) -> list[Answer]:
         """
@@ -160,7 +178,7 @@ class Engine:
 
         Args:
             prompts (`Sequence[str or Sequence[Mapping[str, str]]]`):
-                Texts or conversations, `max_waiting` at most.
+                Texts or conversations, a quarter of `max_waiting` at most.
             sampling ([`~decoding.Sampling`]):
                 How answers are written. `max_new_tokens` are those that the client gets, without p; more than the
                 model was trained for are never written.
@@ -174,7 +192,7 @@ class Engine:
             [`~batching.EngineError`]: there is no answer.
         """
         questions = self._questions(prompts, sampling, stop)
-        return await self._ask(questions)
+        return await self._ask(questions, [*map(_length, questions)])
 
     async def stream(self, prompt: Prompt, sampling: Sampling, stop: Sequence[str] = ()) -> AsyncIterator[Piece]:
         """
@@ -197,7 +215,7 @@ class Engine:
         """
         pieces: asyncio.Queue[Piece | list[Piece] | EngineError] = asyncio.Queue()
         question = dataclasses.replace(self._questions([prompt], sampling, stop)[0], streamed=True)
-        request = self._put([question], pieces.put_nowait)
+        request = self._put([question], [_length(question)], pieces.put_nowait)
         try:
             while not isinstance(found := await pieces.get(), list):
                 if isinstance(found, EngineError):
@@ -237,38 +255,27 @@ class Engine:
     def _questions(self, prompts: Sequence[Prompt], sampling: Sampling, stop: Sequence[str]) -> list[Question]:
         if self.kind != "generation":
             raise BadPrompt("This model chooses among classes, it writes no answers.")
-        return [self._question(row, prompt, sampling, stop) for row, prompt in enumerate(prompts)]
+        chat, longest = self.model.encoder.format.chat, self._longest
+        return [
+            Question(prompt, sampling, tuple(stop), said_in(prompt, f"Prompt {row}", chat, longest))
+            for row, prompt in enumerate(prompts)
+        ]
 
-    def _question(self, row: int, prompt: Prompt, sampling: Sampling, stop: Sequence[str]) -> Question:
-        try:
-            [history], [text] = split_prompts([prompt])
-        except ValueError:
-            raise BadPrompt(f"Prompt {row} {_TURNS}") from None
-        _check_text(text, f"Prompt {row}")
-        for turn in history:
-            _check_unicode(turn["content"], f"Prompt {row}")
-        if history and not self.model.encoder.format.chat:
-            raise BadPrompt(f"Prompt {row} has earlier turns, and this model was trained without. Ask one question.")
-        # Hidden in the echo of a client's own text, the key would show those who guess that they are right.
-        key = _folded(self._key or "")
-        known = any(key in _folded(part) for part in (text, *(turn["content"] for turn in history)))
-        return Question(prompt, sampling, tuple(stop), None if known else self._key)
-
-    async def _ask(self, prompts: Sequence[Any]) -> list[Any]:
+    async def _ask(self, prompts: Sequence[Any], lengths: Sequence[int]) -> list[Any]:
         if not prompts:
             return []
         future = asyncio.get_running_loop().create_future()
-        request = self._put(prompts, functools.partial(_settle, future))
+        request = self._put(prompts, lengths, functools.partial(_settle, future))
         try:
             return await future
         finally:
             self._queue.drop(request)
 
-    def _put(self, prompts: Sequence[Any], deliver: Callable[[Any], None]) -> Request:
+    def _put(self, prompts: Sequence[Any], lengths: Sequence[int], deliver: Callable[[Any], None]) -> Request:
         loop = asyncio.get_running_loop()
         if self._outbox is None or self._outbox.loop is not loop:
             self._outbox = Outbox(loop)
-        request = Request(prompts, functools.partial(self._outbox.post, deliver))
+        request = Request(prompts, functools.partial(self._outbox.post, deliver), lengths)
         self._queue.put(request)
         return request
 
@@ -286,7 +293,7 @@ class Engine:
             self._ended.set_result(None)
 
     def _run_batch(self) -> bool:
-        rows = self._queue.take(self.batch_size)
+        rows = self._queue.take(self.batch_size, _USUAL * self.model.encoder.format.max_length * self.batch_size)
         if not rows:
             return False
         self._batches += 1
@@ -300,7 +307,7 @@ class Engine:
                     row.answer(answer)
         except BaseException as error:  # even SystemExit must not end the thread that all wait for
             self._failures += 1
-            shown = self.hide("".join(traceback.format_exception(error))[-_LOGGED:])
+            shown = self.hide("".join(traceback.format_exception(error)))[-_LOGGED:]
             logger.error("A batch of %d rows failed.\n%s", len(rows), shown)
         for row in rows:
             if not row.answered:
@@ -317,16 +324,20 @@ class Engine:
             if ids is None:
                 row.answer(row.prompt.withheld())
                 continue
-            room = self._room(len(ids), row.prompt.sampling.max_new_tokens)
+            question = row.prompt
+            room = self._room(len(ids), question.sampling.max_new_tokens)
             if room < 1:
                 self._fail(row, BadPrompt(f"Prompt {row.place} {_HISTORY}"))
                 continue
-            reader = AnswerReader(encoder, self.model.keyed, row.prompt.stop, row.prompt.secret)
-            sampling = dataclasses.replace(row.prompt.sampling, max_new_tokens=room)
-            writers.append(AnswerWriter(row, ids, sampling, reader))
+            make_reader = functools.partial(
+                AnswerReader, encoder, self.model.keyed, question.stop, self._key, question.said
+            )
+            sampling = dataclasses.replace(question.sampling, max_new_tokens=room)
+            writers.append(AnswerWriter(row, ids, sampling, question.sampling.max_new_tokens or room, make_reader))
         if writers:
             with self.model.autocast():
                 write_batch(self.model.model, encoder.tokenizer, writers, end_tokens=encoder.end_tokens)
+        self._redacted += sum(writer.redacted for writer in writers)
 
     def _room(self, prompt: int, wanted: int | None) -> int:
         """Return how many tokens may be written, p among them."""
@@ -349,7 +360,7 @@ class Engine:
         except ValueError as error:
             if len(rows) > 1:
                 return [found for row in rows for found in self._each(ask, [row], what, problem)]
-            logger.warning("A request was refused: %s", self.hide(f"{type(error).__name__}: {error}"[:_LOGGED]))
+            logger.warning("A request was refused: %s", self.hide(f"{type(error).__name__}: {error}")[:_LOGGED])
         self._fail(rows[0], BadPrompt(f"{what} {rows[0].place} {problem}"))
         return []
 
@@ -358,9 +369,8 @@ class Engine:
         self._queue.drop(row.request)
 
 
-def _folded(text: str) -> str:
-    """Return what counts of a text where the key is looked for, as in [`~answer_reader.hide`]."""
-    return "".join(text.split()).casefold()
+def _length(question: Question) -> int:
+    return sum(map(len, question.said))
 
 
 def _settle(future: asyncio.Future, found: list[Any] | EngineError) -> None:
@@ -370,16 +380,3 @@ def _settle(future: asyncio.Future, found: list[Any] | EngineError) -> None:
         future.set_exception(found)
     else:
         future.set_result(found)
-
-
-def _check_text(text: Any, name: str) -> None:
-    if not isinstance(text, str) or not text.strip():
-        raise BadPrompt(f"{name} is empty, or no text. Give it at least a word.")
-    _check_unicode(text, name)
-
-
-def _check_unicode(text: str, name: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadPrompt(f"{name} is no valid Unicode text: it holds half of a surrogate pair.") from None

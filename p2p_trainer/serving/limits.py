@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Seconds for a client to send its request, and to take each piece of the response.
+# Seconds for a client to take each piece of the response, and to send its body.
 PATIENCE = 30.0
+BODY_PATIENCE = 10.0
 # Seconds in which the rest of a body that is refused is thrown away: a connection that is closed with bytes unread
 # may be reset before the client has read why.
 _LINGER = 1.0
 # Bodies of full size that may be held at once.
 _BODIES = 64
+# Its entries have routes of their own, and are counted with it.
+_ENTRY = "/v1/models"
 # HTTP has no status for a client that left; nginx writes this one.
 _GONE = 499
 
@@ -35,8 +38,9 @@ class Gate:
 
     It reads the bodies itself, up to a limit, before any route runs. Requests beyond `max_requests`, or beyond the
     memory that 64 bodies of full size take, are refused with 503 at once: uvicorn's `limit_concurrency` would count
-    idle connections too, and answer with neither `Retry-After` nor an error object. Rows are bounded by the queue of
-    the engine. A request whose client leaves, or takes nothing for 30 s, is cancelled.
+    idle connections too, and answer with neither `Retry-After` nor an error object. What has not arrived counts for
+    neither, or clients that send nothing but heads would keep out all others. Rows are bounded by the queue of the
+    engine. A request whose client leaves, or takes nothing for 30 s, is cancelled.
 
     Args:
         app (`ASGIApp`):
@@ -52,7 +56,9 @@ class Gate:
         max_requests (`int`):
             Requests with a body that may be in work at once.
         patience (`float`, *optional*, defaults to `30.0`):
-            Seconds for a client to send its request, and to take each piece of the response.
+            Seconds for a client to take each piece of the response.
+        body_patience (`float`, *optional*, defaults to `10.0`):
+            Seconds for a client to send its body.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class Gate:
         max_body: int,
         max_requests: int,
         patience: float = PATIENCE,
+        body_patience: float = BODY_PATIENCE,
     ) -> None:
         self.app = app
         self.metrics = metrics
@@ -72,6 +79,7 @@ class Gate:
         self.max_body = max_body
         self.max_requests = max_requests
         self.patience = patience
+        self.body_patience = body_patience
         self._requests = 0
         self._held = 0
 
@@ -94,9 +102,10 @@ class Gate:
         exchange = _Exchange(send, self.patience)
         scope.setdefault("state", {})["request_id"] = exchange.request_id
         try:
-            await self._admit(scope, receive, exchange)
-        except ApiError as error:
-            await self._refuse(error, receive, exchange)
+            try:
+                await self._admit(scope, receive, exchange)
+            except ApiError as error:
+                await self._refuse(error, receive, exchange)
         except _StalledError:
             logger.info("%s: the client took nothing for %g s.", exchange.request_id, self.patience)
         except Exception:
@@ -105,7 +114,8 @@ class Gate:
                 await internal_error(exchange.request_id).response()(scope, receive, exchange.send)
         finally:
             seconds = time.perf_counter() - began
-            route = scope["path"] if scope["path"] in self.routes else "other"
+            path = _ENTRY if scope["path"].startswith(f"{_ENTRY}/") else scope["path"]
+            route = path if path in self.routes else "other"
             status = exchange.status or _GONE
             self.metrics.request(route, status, seconds)
             # No path, query or address: they are the client's, and may hold anything.
@@ -115,35 +125,40 @@ class Gate:
         if scope["method"] != "POST" or scope["path"] not in self.posted:
             await self._run(scope, receive, exchange, b"")
             return
-        length = _declared(scope, self.max_body)
-        if self._requests >= self.max_requests or self._held + length > _BODIES * self.max_body:
-            raise overloaded("The server has more requests than it can hold.")
-        self._requests += 1
-        self._held += length
-        try:
-            body = await self._body(receive)
-            if body is not None:
-                await self._run(scope, receive, exchange, body)
-        finally:
-            self._requests -= 1
-            self._held -= length
-
-    async def _body(self, receive: "Receive") -> bytes | None:
-        """Read the body; `None` if the client leaves meanwhile."""
+        _check_head(scope, self.max_body)
         body = bytearray()
+        working = False
         try:
-            async with asyncio.timeout(self.patience):
+            if not await self._read(receive, body):
+                return
+            if self._requests >= self.max_requests:
+                raise overloaded("The server has more requests than it can hold.")
+            self._requests += 1
+            working = True
+            await self._run(scope, receive, exchange, bytes(body))
+        finally:
+            self._requests -= working
+            self._held -= len(body)
+
+    async def _read(self, receive: "Receive", body: bytearray) -> bool:
+        """Read the body, and count it as it comes; return whether the client has stayed."""
+        try:
+            async with asyncio.timeout(self.body_patience):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
-                    body += message.get("body", b"")
-                    if len(body) > self.max_body:
+                        return False
+                    piece = message.get("body", b"")
+                    if len(body) + len(piece) > self.max_body:
                         raise _too_large(self.max_body)
+                    if self._held + len(piece) > _BODIES * self.max_body:
+                        raise overloaded("The server has more requests than it can hold.")
+                    body += piece
+                    self._held += len(piece)
                     if not message.get("more_body", False):
-                        return bytes(body)
+                        return True
         except TimeoutError:
-            raise ApiError(408, f"The body did not arrive within {self.patience:g} s.") from None
+            raise ApiError(408, f"The body did not arrive within {self.body_patience:g} s.") from None
 
     async def _run(self, scope: "Scope", receive: "Receive", exchange: "_Exchange", body: bytes) -> None:
         """Run the route, but not for a client that has left."""
@@ -204,8 +219,8 @@ class _Exchange:
             raise _StalledError from None
 
 
-def _declared(scope: "Scope", max_body: int) -> int:
-    """Return how long the body is at most, by what its head says."""
+def _check_head(scope: "Scope", max_body: int) -> None:
+    """Refuse what need not be read, by what its head says."""
     headers = dict(scope["headers"])
     kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if kind != b"application/json":
@@ -213,10 +228,8 @@ def _declared(scope: "Scope", max_body: int) -> int:
     if headers.get(b"content-encoding", b"identity").lower() != b"identity":
         raise ApiError(415, "Send the body as it is, without `Content-Encoding`.", code="encoded")
     # h11 has checked that it is a number of at most 20 digits.
-    length = int(headers.get(b"content-length", max_body))
-    if length > max_body:
+    if int(headers.get(b"content-length", 0)) > max_body:
         raise _too_large(max_body)
-    return length
 
 
 def _too_large(max_body: int) -> ApiError:

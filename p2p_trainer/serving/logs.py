@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator
 
 # Characters of a message or a traceback; a client's text may be in it.
 _LONGEST = 16000
+# Seconds between two complaints of the event loop that the system has no room for a connection. It makes as many as
+# wait, each second.
+_QUIET = 10.0
+_NO_ROOM = "socket.accept() out of system resource"
 
 
 @contextlib.contextmanager
 def hiding(hide: Callable[[str], str]) -> Iterator[None]:
     """
-    Pass all that is logged meanwhile, tracebacks included, through a function.
+    Pass all that is logged meanwhile, tracebacks included, through a function; what would flood the log, seldom.
 
     Records are changed where they are made, so it holds for loggers and handlers of every library, those that are set
     up later too. A filter of a logger would not see the records of the loggers below it.
@@ -44,8 +48,25 @@ def hiding(hide: Callable[[str], str]) -> Iterator[None]:
             record.stack_info = safe(record.stack_info)
         return record
 
+    seldom = _Seldom()
     logging.setLogRecordFactory(factory)
+    logging.getLogger("asyncio").addFilter(seldom)
     try:
         yield
     finally:
         logging.setLogRecordFactory(make)
+        logging.getLogger("asyncio").removeFilter(seldom)
+
+
+class _Seldom(logging.Filter):
+    """Lets one complaint about connections that can't be accepted pass, and no more for a while."""
+
+    _next = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not record.getMessage().startswith(_NO_ROOM):
+            return True
+        if record.created < self._next:
+            return False
+        self._next = record.created + _QUIET
+        return True

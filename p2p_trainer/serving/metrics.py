@@ -93,3 +93,6 @@ class _EngineNumbers:
         yield CounterMetricFamily("p2p_batches", "Batches begun.", value=stats.batches)
         yield CounterMetricFamily("p2p_batch_rows", "Rows in these batches.", value=stats.rows)
         yield CounterMetricFamily("p2p_batch_failures", "Batches that failed.", value=stats.failures)
+        yield CounterMetricFamily(
+            "p2p_answers_redacted", "Written answers out of which the key was taken.", value=stats.redacted
+        )

@@ -287,4 +287,5 @@ def _ending(index: int, part: Part | None) -> dict[str, Any]:
 
 
 def _event(content: dict[str, Any]) -> str:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    # In ASCII: some clients take U+2028 or U+0085 for the end of a line, and so of an event.
+    return json.dumps(content, separators=(",", ":"))

@@ -5,14 +5,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
-# Fields that clients write out as null, or as an empty list, where they mean nothing by them.
-_MAY_BE_EMPTY = frozenset(
-    ("audio", "best_of", "echo", "function_call", "functions", "logit_bias", "logprobs", "modalities", "prediction",
-     "reasoning_effort", "suffix", "tool_choice", "tools", "top_logprobs", "verbosity",
-     "annotations", "refusal", "tool_calls")
-)  # fmt: skip
+# What clients write into a field by which they mean nothing.
+_EMPTY = (None, [], {})
+# Of a part of a text; what else it holds is for servers that keep it.
+_OF_A_PART = {"type", "text", "annotations", "cache_control"}
 _MOST_STOPS = 4
 _LONGEST_STOP = 256
+# Rendering a conversation takes time for each turn, however short.
+_MOST_TURNS = 1000
 
 
 def _texts(value: Any) -> list[str]:
@@ -32,18 +32,20 @@ def _texts(value: Any) -> list[str]:
 def _content(value: Any) -> str:
     if isinstance(value, str):
         return value
+    if value is None:
+        raise ValueError("there is no text, as in an answer that was withheld. Leave that turn and its question out")
     if not isinstance(value, list):
         raise ValueError("give a text, or a list of text parts")
     for part in value:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError('each part must be {"type": "text", "text": ...}: this model reads text alone')
-        if len(part) > 2:
+        if not part.keys() <= _OF_A_PART:
             raise ValueError("a text part has the fields `type` and `text` and no others")
     return "\n".join(part["text"] for part in value)
 
 
 def _stops(value: Any) -> list[str]:
-    stops = [value] if isinstance(value, str) else [] if value is None else value
+    stops = [] if value in (None, "") else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("give a text or a list of texts")
     if len(stops) > _MOST_STOPS or not all(0 < len(stop) <= _LONGEST_STOP for stop in stops):
@@ -69,7 +71,7 @@ class Strict(BaseModel):
     def _without_empty(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {name: held for name, held in value.items() if name not in _MAY_BE_EMPTY or held not in (None, [])}
+        return {name: held for name, held in value.items() if name in cls.model_fields or held not in _EMPTY}
 
 
 class Message(Strict):
@@ -84,6 +86,7 @@ class StreamOptions(Strict):
     """What a stream holds beside the answer."""
 
     include_usage: bool | None = False
+    include_obfuscation: Ignored = None
 
 
 class TextFormat(Strict):
@@ -138,18 +141,23 @@ class WrittenRequest(Asked):
 class ChatRequest(WrittenRequest):
     """`/v1/chat/completions`: a conversation that ends in a question."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=_MOST_TURNS)
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Literal[False] = False
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
     response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="Accepted: there are no tools.")
+    parallel_tool_calls: bool | None = Field(None, description="Accepted: there are no tools.")
 
 
 class CompletionRequest(WrittenRequest):
     """`/v1/completions`: texts that are answered one by one."""
 
     prompt: Texts = Field(description="A text, or a list of texts; one of them if it is streamed.")
-    best_of: Literal[1] = 1
-    echo: Literal[False] = False
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+    suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
     def _one_stream(self) -> "CompletionRequest":
