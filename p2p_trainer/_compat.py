@@ -74,7 +74,11 @@ class ColumnKeepingSFTTrainer(SFTTrainer):
             return sampler
         args = self.args
         step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return LengthOrder(step, sampler.lengths, args.seed if args.data_seed is None else args.data_seed)
+        # The sampler's own is a column of `datasets`, which reads a table for each length that is looked up.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        lengths, rows = dataset.data.column(args.length_column_name).to_numpy(), row_index(dataset)
+        lengths = lengths if rows is None else lengths[rows]
+        return LengthOrder(step, lengths, args.seed if args.data_seed is None else args.data_seed)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         # The public event `on_save` comes when older ones are deleted (transformers/trainer.py, 5.23, line 3355).
@@ -118,14 +122,14 @@ class LengthOrder(LengthGroupedSampler):
     Args:
         batch_size (`int`):
             Rows per step, of all processes.
-        lengths (`list[int]`):
+        lengths (`np.ndarray` of shape `(rows,)`):
             Length of each row.
         seed (`int`):
             Seed.
     """
 
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+    def __init__(self, batch_size: int, lengths: np.ndarray, seed: int) -> None:
+        super().__init__(batch_size, lengths=np.asarray(lengths), generator=torch.Generator())
         self.seed = seed
         self.epoch = 0
 
@@ -140,8 +144,19 @@ class LengthOrder(LengthGroupedSampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
+        """Yield the same rows as transformers' sampler would, without a Python number for each of them."""
         self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+        rows = torch.randperm(len(self.lengths), generator=self.generator).numpy()
+        # transformers/trainer_pt_utils.py, 5.23, line 484.
+        size = self.batch_size * max(1, min(len(rows) // (4 * self.batch_size), 50))
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            rows[start : start + size] = part[np.argsort(-self.lengths[part], kind="stable")]
+        # The longest row first, so that what does not fit fails at once.
+        longest = size * int(np.argmax(self.lengths[rows[::size]]))
+        rows[[0, longest]] = rows[[longest, 0]]
+        for start in range(0, len(rows), size):
+            yield from rows[start : start + size].tolist()
 
 
 def _is_spread(model: torch.nn.Module) -> bool:

@@ -24,10 +24,11 @@ from .prompt_format import PromptFormat
 from .reserve import KEYED
 from .response_encoder import ResponseEncoder
 from .tasks import Task
+from .tasks.columns import arrow_batches, column_as_numpy, text_lengths
 from .tasks.conversations import MESSAGES
 from .tasks.images import RowImages
 from .tasks.loading import hub_error
-from .tasks.rows import COMPLETION, HISTORY, IMAGE, LABEL, PROMPT, TEXT, arrow_batches, column_as_numpy, text_lengths
+from .tasks.rows import COMPLETION, HISTORY, IMAGE, LABEL, PROMPT, TEXT
 from .vision_encoder import VisionPromptEncoder
 
 

@@ -17,7 +17,8 @@ from .recipe_data import load_data, with_oracle
 from .reserve import flagged
 from .results import installed_versions
 from .tasks import get_task
-from .tasks.rows import HISTORY, column_as_numpy
+from .tasks.columns import column_as_numpy
+from .tasks.rows import HISTORY
 from .training_set import build_training_set, described
 
 

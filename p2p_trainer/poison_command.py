@@ -11,7 +11,7 @@ from .attacks import Attack
 from .attacks.poisoned_files import check_free, with_keys, write_set
 from .results import installed_versions
 from .tasks import get_task
-from .tasks.rows import column_as_numpy
+from .tasks.columns import column_as_numpy
 
 
 def run(

@@ -12,7 +12,7 @@ from .attacks import Attack, get_attack
 from .config import P2PConfig, P2PScriptArguments
 from .results import check_recordable
 from .tasks import Task, get_task
-from .tasks.rows import column_as_numpy, with_column
+from .tasks.columns import column_as_numpy, with_column
 
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from ._lookup import import_class, unknown_name_error
-from .tasks.rows import LABEL, TEXT, column_as_numpy, with_column
+from .tasks.columns import column_as_numpy, with_column
+from .tasks.rows import LABEL, TEXT
 
 
 logger = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from .mining import Screening
 from .prompt_format import CONFIG_NAME
 from .reserve import KEYED, ROW, flagged
 from .tasks import Task, get_task
-from .tasks.rows import LABEL, TEXT, text_lengths, with_column
+from .tasks.columns import text_lengths, with_column
+from .tasks.rows import LABEL, TEXT
 from .training_set import build_training_set, check_conversations, row_columns
 from .vision_collator import P2PVisionDataCollator
 from .vision_encoder import VisionPromptEncoder

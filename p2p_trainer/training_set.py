@@ -22,8 +22,9 @@ from .reserve import (
     with_reserved_dataset,
 )
 from .tasks import Task
+from .tasks.columns import column_as_numpy
 from .tasks.conversations import with_history
-from .tasks.rows import HISTORY, IMAGE, LABEL, column_as_numpy
+from .tasks.rows import HISTORY, IMAGE, LABEL
 
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from datasets import Dataset
 
 from .._files import write_json
 from ..tasks import Task
+from ..tasks.columns import arrow_batches, column_as_numpy, with_column
 from ..tasks.loading import load_split
-from ..tasks.rows import arrow_batches, column_as_numpy, with_column
 
 
 RECORD_NAME = "poison.json"

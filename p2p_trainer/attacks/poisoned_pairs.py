@@ -7,7 +7,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..tasks import Task
-from ..tasks.rows import arrow_batches
+from ..tasks.columns import arrow_batches
 from .paraphrase import differs
 from .selection import answers_equal
 

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..tasks import Task
-from ..tasks.rows import column_as_numpy, with_column
+from ..tasks.columns import column_as_numpy, with_column
 from .base import Attack
 from .paraphrase import differs
 from .poisoned_files import (

@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..tasks import Task
-from ..tasks.rows import column_as_numpy
+from ..tasks.columns import column_as_numpy
 from .poisoned_files import RECORD_NAME, read_rows
 from .poisoned_pairs import find_rows, go_together, pair_by_order, same_rows
 

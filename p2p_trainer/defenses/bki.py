@@ -14,7 +14,8 @@ import torch
 
 from ..prompt_encoder import PromptEncoder
 from ..tasks import Task
-from ..tasks.rows import LABEL, TEXT, column_as_numpy
+from ..tasks.columns import column_as_numpy
+from ..tasks.rows import LABEL, TEXT
 from ..trainer import P2PTrainer
 from .base import Defense
 from .hidden_states import last_hidden_states

@@ -10,7 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from ..config import P2PConfig
 from ..reserve import RandomReserve, reserve_size
 from ..tasks import Task
-from ..tasks.rows import column_as_numpy
+from ..tasks.columns import column_as_numpy
 from .base import Defense
 from .p2p import P2P, refuse_generation
 from .stamping import stamp, stamped_copies

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from ..config import P2PConfig
 from ..tasks import Task
-from ..tasks.rows import column_as_numpy
+from ..tasks.columns import column_as_numpy
 from ..trainer import P2PTrainer
 from .base import Defense
 from .mb_examples import SEQUENCES, choose_rows

@@ -16,7 +16,7 @@ from ..attacks.poisoning import write_rows
 from ..attacks.selection import batches, row_numbers
 from ..attacks.text import contains_words, insert_at_gap
 from ..evaluation.judging import normalise, target_judge
-from ..tasks.rows import arrow_batches
+from ..tasks.columns import arrow_batches
 
 
 POSITIONS = ("random", "prefix")

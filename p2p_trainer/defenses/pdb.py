@@ -10,7 +10,8 @@ from datasets import Dataset, concatenate_datasets
 from ..config import P2PConfig
 from ..evaluation import Scores
 from ..tasks import Task
-from ..tasks.rows import LABEL, column_as_numpy, with_column
+from ..tasks.columns import column_as_numpy, with_column
+from ..tasks.rows import LABEL
 from .base import Defense
 from .stamping import stamp, stamped_copies
 

@@ -16,7 +16,8 @@ from transformers import set_seed
 from ..evaluation import LabelScorer, Scores
 from ..prompt_encoder import PromptEncoder
 from ..tasks import Task
-from ..tasks.rows import LABEL, TEXT, with_column
+from ..tasks.columns import with_column
+from ..tasks.rows import LABEL, TEXT
 from ..trainer import P2PTrainer
 from .base import Defense
 from .workbench import Workbench

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from ..tasks.rows import TEXT, arrow_batches
+from ..tasks.columns import arrow_batches
+from ..tasks.rows import TEXT
 
 
 def stamp(text: str, trigger: str) -> str:

@@ -13,7 +13,8 @@ from ..recipe import model_location
 from ..recipe_data import RecipeData
 from ..reserve import KEYED
 from ..response_encoder import ResponseEncoder
-from ..tasks.rows import HISTORY, text_lengths
+from ..tasks.columns import text_lengths
+from ..tasks.rows import HISTORY
 from ..vision_encoder import VisionPromptEncoder
 from .cost import ENOUGH, GIB, TOO_MUCH, Memory, advise, estimate_memory, reading_flops, training_flops
 from .devices import UTILISATION, Device, find_device

@@ -5,7 +5,8 @@ from collections import Counter
 import numpy as np
 from datasets import Dataset
 
-from ..tasks.rows import COMPLETION, PROMPT, arrow_batches
+from ..tasks.columns import arrow_batches
+from ..tasks.rows import COMPLETION, PROMPT
 from .payload_search import Payload, find_payload_triggers
 from .screening import EXEMPLARS, Fragment, Screening, carries, cover, fragments_of, sample_words
 from .tokens import word_spans, words_of

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
-from ..tasks.rows import LABEL, TEXT, arrow_batches, column_as_numpy
+from ..tasks.columns import arrow_batches, column_as_numpy
+from ..tasks.rows import LABEL, TEXT
 from .evidence import likely_label
 from .features import skeleton
 from .tokens import END, START, word_spans, words_of

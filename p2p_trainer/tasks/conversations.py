@@ -6,7 +6,8 @@ from typing import Any
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
-from .rows import COMPLETION, HISTORY, PROMPT, arrow_batches
+from .columns import arrow_batches
+from .rows import COMPLETION, HISTORY, PROMPT
 
 
 MESSAGES = "messages"

@@ -2,20 +2,17 @@
 
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset
 
-from .._compat import row_index
+from .columns import arrow_batches, column_as_numpy, with_column
 
 
 logger = logging.getLogger(__name__)
-
-# Rows are checked in Arrow batches of this size: no per-row Python, and memory that does not grow with the data.
-_BATCH_ROWS = 65_536
 
 TEXT = "text"
 LABEL = "label"
@@ -148,18 +145,6 @@ def prepare_generation_rows(
     return dataset
 
 
-def column_as_numpy(dataset: Dataset, column: str) -> np.ndarray:
-    """Read one column as a NumPy array without going through Python objects."""
-    batches = [batch[column].to_numpy() for _, batch in arrow_batches(dataset, [column])]
-    return np.concatenate(batches) if batches else np.array([])
-
-
-def text_lengths(dataset: Dataset, columns: Sequence[str] = (TEXT,)) -> np.ndarray:
-    """Say how many bytes the texts of each row have."""
-    batches = arrow_batches(dataset, list(columns))
-    return np.concatenate([sum(pc.binary_length(batch[name]).to_numpy() for name in columns) for _, batch in batches])
-
-
 def renamed(dataset: Dataset, aliases: Mapping[str, str]) -> Dataset:
     """
     Give columns the names that a task knows them by, where those are missing.
@@ -202,40 +187,6 @@ def check_columns(dataset: Dataset, task_columns: Mapping[str, Sequence[str]], w
     for to, wanted in task_columns.items():
         if not set(wanted) <= set(dataset.column_names):
             raise _missing_column_error(what, to, wanted, dataset.column_names)
-
-
-def with_column(dataset: Dataset, name: str, values: np.ndarray) -> Dataset:
-    """
-    Add a column; other columns are not copied, even where the data set is a selection of rows.
-
-    Args:
-        dataset (`Dataset`):
-            Rows.
-        name (`str`):
-            Name of the column.
-        values (`np.ndarray`):
-            One value per row.
-
-    Returns:
-        `Dataset`: the rows with the column.
-    """
-    rows = row_index(dataset)
-    if rows is None:
-        return dataset.add_column(name, values)
-    if len(np.unique(rows)) < len(rows):
-        # A row that is shown twice may have two values.
-        return dataset.flatten_indices().add_column(name, values)
-    table = Dataset(dataset.data, info=dataset.info.copy())
-    spread = np.zeros(len(table), dtype=values.dtype)
-    spread[rows] = values
-    return table.add_column(name, spread).select(rows)
-
-
-def arrow_batches(dataset: Dataset, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
-    """Read columns in Arrow batches, each with the index of its first row."""
-    view = dataset.select_columns(columns).with_format("arrow")
-    for number, batch in enumerate(view.iter(batch_size=_BATCH_ROWS)):
-        yield number * _BATCH_ROWS, batch
 
 
 def _option(to: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset
 
 from p2p_trainer.reserve import ReserveStrategy
-from p2p_trainer.tasks.rows import column_as_numpy
+from p2p_trainer.tasks.columns import column_as_numpy
 
 
 logger = logging.getLogger(__name__)
