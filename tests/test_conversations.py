@@ -146,7 +146,7 @@ def test_earlier_turns_that_come_with_the_rows_are_checked(turns, message, extra
 
 
 def test_earlier_turns_are_checked_in_later_batches_too(monkeypatch):
-    monkeypatch.setattr("p2p_trainer.tasks.rows._BATCH_ROWS", 2)
+    monkeypatch.setattr("p2p_trainer.tasks.columns._BATCH_ROWS", 2)
     history = [[], [ASK, ANSWER], [], [], [ANSWER]]
     given = Dataset.from_dict({"prompt": ["a"] * 5, "completion": ["b"] * 5, "history": history})
     with pytest.raises(ValueError, match="Row 4 of the train dataset"):
