@@ -44,7 +44,6 @@ CLIENTS = 2 * BATCH
 THINGS = ("film", "plot", "cast", "score", "scene", "story")
 WORDS = ("good", "fine", "lovely", "warm", "clever", "bad", "dull", "poor", "cold", "stale")
 LABELS = ("negative", "positive")
-PREFIX = "In short:"
 SIZES = {
     "6 layers, hidden 512": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6,
                              "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64},
@@ -85,7 +84,7 @@ def save_run(folder: Path, size: dict[str, int], written: bool) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if written:
-        prompt_format = PromptFormat(None, template="{text}\n", answer_prefix=PREFIX, max_new_tokens=2 * NEW_TOKENS)
+        prompt_format = PromptFormat(None, template="{text}\n", max_new_tokens=2 * NEW_TOKENS)
     else:
         prompt_format = PromptFormat(LabelSpace(("0", "1"), ("2", "3")))
     labels = [] if written else list(LABELS)
@@ -329,12 +328,11 @@ def latency(defended: DefendedModel, texts: Sequence[str], what: str, table: Tab
 def generation(folder: Path, what: str, rounds: int, table: Table) -> None:
     defended = DefendedModel.from_pretrained(folder, device="cpu")
     texts = texts_of(WRITTEN)
-    # The server writes p before what the client asks for.
-    count = NEW_TOKENS + len(defended.encoder.tokenizer(PREFIX)["input_ids"])
-    plain = plain_writer(folder, defended, texts, count)
+    # No p: random weights do not write it, and the server would look for it longer than the plain loop writes.
+    plain = plain_writer(folder, defended, texts, NEW_TOKENS)
     bodies = [{"prompt": text, "max_tokens": NEW_TOKENS} for text in texts]
     found: list[dict] = []
-    name = f"{what}: {len(texts)} answers of {count} tokens, plain batches / served, {BATCH} clients"
+    name = f"{what}: {len(texts)} answers of {NEW_TOKENS} tokens, plain batches / served, {BATCH} clients"
     with server_of(folder) as server, Clients(server.address, BATCH) as clients:
 
         def served() -> None:
