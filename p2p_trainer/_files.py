@@ -13,6 +13,9 @@ from typing import Any
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
+# Far above any configuration.
+_LARGEST = 2**24
+
 
 def write_json(path: Path, content: Mapping[str, Any]) -> Path:
     """
@@ -72,3 +75,30 @@ def share_weights(folder: str | Path) -> None:
 
 def _mode() -> int:
     return 0o666 & ~_UMASK
+
+
+def read_object(path: Path, largest: int = _LARGEST) -> dict[str, Any]:
+    """
+    Read a JSON object from a file that may hold anything.
+
+    Args:
+        path (`Path`):
+            The file.
+        largest (`int`, *optional*, defaults to `2**24`):
+            Bytes that such files may have.
+
+    Returns:
+        `dict[str, Any]`: its content.
+
+    Raises:
+        `ValueError`: it is larger than any such file, or no JSON object.
+    """
+    if (size := path.stat().st_size) > largest:
+        raise ValueError(f"{path} has {size} bytes, more than any such file needs. Save the model again.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Save the model again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: expected an object, found `{type(content).__name__}`.")
+    return content

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ._files import write_json
+from ._files import read_object, write_json
 from .label_space import LabelSpace
 
 
 CONFIG_NAME = "p2p_config.json"
 # 2: formats of generation tasks.
 SCHEMA_VERSION = 2
-
-# Far above what any run writes: label words of thousands of classes take less.
-_LARGEST_CONFIG = 2**24
 
 # What the digest is made of, beside label words, classes and whether there is a key: a list of its own, so that a
 # field that is added to the format one day leaves the digests of earlier runs as they are.
@@ -278,12 +275,4 @@ def read_p2p_config(folder: str | Path) -> dict[str, Any]:
             f"{str(folder)!r} holds no {CONFIG_NAME} (found: {found}), so the key is unknown and the adapter can't be "
             f"used as it was trained. Give the output folder of a `P2PTrainer` run."
         )
-    if (size := path.stat().st_size) > _LARGEST_CONFIG:
-        raise ValueError(f"{path} is damaged: it has {size} bytes. Save the model again.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Save the model again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected an object, found `{type(content).__name__}`.")
-    return content
+    return read_object(path)

@@ -120,9 +120,9 @@ def _flags(folder: Path, key: str) -> tuple[list[str], list[str]]:
     """Return the command that made a run, and what can't be said of it."""
     from trl import ModelConfig
 
+    from ._files import read_object
     from .config import P2PConfig, P2PScriptArguments
     from .run_folder import RUN_NAME
-    from .saved_run import read_object
 
     if not (folder / RUN_NAME).is_file():
         return [], []

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..saved_run import read_object
+from .._files import read_object
 
 
 _WHOLE = """```bash

@@ -1,10 +1,8 @@
-"""Where a run is, and the JSON files in it, which may come from anywhere."""
+"""Where a run is: a folder, or the hub."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.utils import validate_repo_id
@@ -17,9 +15,6 @@ _LOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken
 _NOT_LOADED = ("checkpoint-*/*", "runs/*")
 # Some publish a model once more, in the format of another library.
 _NOT_OF_A_BASE = ("*/*", "consolidated*.safetensors")
-
-# Far above any adapter_config.json or config.json.
-_LARGEST = 2**24
 
 
 def find_run(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -90,30 +85,3 @@ def _fetch(name: str, revision: str | None, ignored: Sequence[str]) -> Path:
     except Exception as error:  # no network, no such repository, no access: all end in the same remedy
         first = (str(error).strip().splitlines() or ["no details"])[0][:200]
         raise ValueError(f"can't be had from the Hub ({type(error).__name__}: {first})") from error
-
-
-def read_object(path: Path, largest: int = _LARGEST) -> dict[str, Any]:
-    """
-    Read a JSON object from a file that may hold anything.
-
-    Args:
-        path (`Path`):
-            The file.
-        largest (`int`, *optional*, defaults to `2**24`):
-            Bytes that such files may have.
-
-    Returns:
-        `dict[str, Any]`: its content.
-
-    Raises:
-        `ValueError`: it is larger than any such file, or no JSON object.
-    """
-    if (size := path.stat().st_size) > largest:
-        raise ValueError(f"{path} has {size} bytes, more than any such file needs. Save the model again.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Save the model again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected an object, found `{type(content).__name__}`.")
-    return content

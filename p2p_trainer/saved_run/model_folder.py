@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .folder import read_object
+from .._files import read_object
 
 
 # Names of a model's weight files; those of an index are taken as they stand.

@@ -14,8 +14,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .._files import read_object
 from .adapter_config import adapter_config, first_line
-from .folder import find_model, read_object
+from .folder import find_model
 from .model_folder import check_model_folder
 
 
